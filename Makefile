@@ -1,0 +1,34 @@
+# make demo   train a small GPT-2 on a corpus that every Python has, and show which sequences made it say what it says
+# make test   all tests
+# make lint   style and formatting
+# Each makes .venv and installs requirements.txt into it where that has not been done.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint benchmark clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python wikitext_gpt2/train.py --preset demo
+	$(BIN)/python wikitext_gpt2/analyze.py --preset demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The peer is for comparison only. Its own requirements would replace what this project pins, hence --no-deps.
+benchmark: $(VENV)/.installed
+	$(BIN)/pip install --no-deps kronfluence==1.0.1 einops==0.8.1 opt_einsum==3.4.0
+	$(BIN)/python tests/benchmarks/compare_with_kronfluence.py
+
+$(VENV)/.installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo

@@ -1,0 +1,79 @@
+"""From a study to scores, in one call: plan, factors, pairwise scores."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from influence_core.batches import iterate_batches
+from influence_core.factors.fit import fit_factors
+from influence_core.factors.strategies import Damping, find_strategy
+from influence_core.layers import TrackedLayer
+from influence_core.passes import LossFunction, Probe
+from influence_core.scores.pairwise import compute_pairwise_scores, pairwise_score_store
+from influence_core.scores.plan import Plan, Work, describe_plan, make_plan
+from influence_core.storage import require_writable
+from influence_core.study import Study
+
+
+def analyze(
+    study: Study,
+    strategy_names: Sequence[str],
+    query_dataset: Sequence[Any],
+    damping: Damping = 1e-8,
+    query_batch_size: int = 32,
+    train_batch_size: int = 64,
+    factor_batch_size: int = 64,
+    memory_budget: int | None = None,
+) -> dict[str, Tensor]:
+    """Fit what the strategies need and score every query against every training example.
+
+    Args:
+        query_batch_size, train_batch_size, factor_batch_size: examples in one forward and backward pass; they
+            change memory and time, not results.
+        memory_budget: bytes that the process may use in all; by default 90 % of what is free, and what it has.
+    Returns:
+        {strategy: [queries, training examples] float32, on the CPU}; also stored, see `Study.score_store`.
+    Raises:
+        UserError: the settings do not fit the data, the memory, or what is stored.
+    """
+    strategies = [find_strategy(name) for name in strategy_names]
+    require_writable(study.output_dir)
+    if not study.overwrite:  # refuse before the work rather than after it
+        for name in strategy_names:
+            pairwise_score_store(study, name, query_dataset, damping).manifest()
+    work = Work(
+        num_train=len(study.train_dataset),
+        num_queries=len(query_dataset),
+        num_strategies=len(strategies),
+        train_batch_size=min(train_batch_size, len(study.train_dataset)),
+        query_batch_size=min(query_batch_size, len(query_dataset)),
+        factor_batch_size=min(factor_batch_size, len(study.train_dataset)),
+        train=_probe(study, study.train_dataset, study.fisher_loss, study.layers),
+        query=_probe(study, query_dataset, study.task.measurement, study.layers),
+        operand_bytes=study.runtime.precision.operand_dtype.itemsize,
+        in_eigenbasis=any(strategy.in_eigenbasis for strategy in strategies),
+        needs_lambda=any(strategy.needs_lambda for strategy in strategies),
+        sum_bytes=study.runtime.precision.sum_dtype.itemsize,
+    )
+    study.plan = plan_analysis(study, work, memory_budget)
+    factor_stores = {name: fit_factors(study, name, factor_batch_size) for name in strategy_names}
+    return compute_pairwise_scores(
+        study, factor_stores, query_dataset, study.plan, damping, query_batch_size, train_batch_size
+    )
+
+
+def plan_analysis(study: Study, work: Work, memory_budget: int | None) -> Plan:
+    """Make the plan and print it."""
+    in_use = study.runtime.used_memory()
+    budget = study.runtime.free_memory() if memory_budget is None else memory_budget - in_use
+    plan = make_plan(study.layers, work, budget)
+    study.runtime.print(describe_plan(plan, study.layers, work, in_use, budget))
+    return plan
+
+
+def _probe(study: Study, dataset: Sequence[Any], loss: LossFunction, layers: list[TrackedLayer]) -> Probe:
+    """What one example takes."""
+    batch = next(iterate_batches(study.task, dataset, [[0]], study.runtime))
+    with study.gradient_pass(loss, layers) as run:
+        return run.probe(batch)

@@ -1,0 +1,47 @@
+"""Dataset -> batches on the device, each example with its own index, shared out over processes."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from influence_core.runtime import Runtime
+from influence_core.task import EXAMPLE_INDEX, Batch, InfluenceTask
+
+
+def plan_batches(num_examples: int, batch_size: int, runtime: Runtime) -> list[list[int]]:
+    """The index lists of this process's batches: a contiguous share of the examples, cut into batches.
+
+    Shares may be uneven, or empty; every example belongs to exactly one process, and none is padded or repeated.
+    """
+    bounds = [num_examples * rank // runtime.world_size for rank in (runtime.rank, runtime.rank + 1)]
+    return [list(range(start, min(start + batch_size, bounds[1]))) for start in range(*bounds, batch_size)]
+
+
+def iterate_batches(
+    task: InfluenceTask, dataset: Sequence[Any], batches: list[list[int]], runtime: Runtime
+) -> Iterator[Batch]:
+    """The batches, collated and on the device, with batch[EXAMPLE_INDEX] added."""
+
+    def collate(examples: list[tuple[int, Any]]) -> Batch:
+        batch = task.collate([example for _, example in examples])
+        return {**batch, EXAMPLE_INDEX: torch.tensor([index for index, _ in examples])}
+
+    on_cuda = runtime.device.type == "cuda"
+    loader = DataLoader(_Indexed(dataset), batch_sampler=batches, collate_fn=collate, pin_memory=on_cuda)
+    for batch in loader:
+        yield {key: value.to(runtime.device, non_blocking=on_cuda) for key, value in batch.items()}
+
+
+class _Indexed:
+    """A dataset whose items carry their index."""
+
+    def __init__(self, dataset: Sequence[Any]):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[int, Any]:
+        return index, self.dataset[index]

@@ -1,0 +1,80 @@
+"""Stage 1: the covariances of each layer's inputs and output gradients (the Kronecker factors).
+
+    A = E[a a^T]   over real positions, a with its one for the bias        [in(+1), in(+1)]
+    G = E[g g^T]   over real positions, g = dL/d(output), labels sampled   [out, out]
+
+Source: Martens and Grosse 2015, arXiv:1503.05671, section 3; per position as in Grosse et al. 2023, arXiv:2308.03296.
+"""
+
+import torch
+from torch import Tensor
+
+from influence_core.layers import TrackedLayer
+from influence_core.passes import Captured
+from influence_core.precision import Precision
+from influence_core.storage import Tensors
+
+SMALLEST_BLOCK = 256  # of a covariance: smaller products are slower than what symmetry saves
+
+
+def add_second_moment(total: Tensor, rows: Tensor, precision: Precision) -> None:
+    """total += rows^T rows, upper block triangle only; `mirror` completes it.
+
+    Args:
+        total: [d, d] in sum_dtype.
+        rows: [positions, d].
+    Cost: between half and all of 2 positions d^2 FLOPs.
+    """
+    d = rows.shape[1]
+    block = max(SMALLEST_BLOCK, -(-d // 4))
+    for start in range(0, d, block):
+        end = min(start + block, d)
+        precision.add_matmul(total[start:end, start:], rows[:, start:end].t(), rows[:, start:])
+
+
+def mirror(total: Tensor) -> Tensor:
+    """Copy the upper triangle onto the lower one, in place."""
+    return total.triu_().add_(total.triu(1).t())
+
+
+class CovarianceSums:
+    """Accumulates sums over positions; `means` gives the covariances.
+
+    `tensors` is all of its state: "activation.<layer>", "gradient.<layer>" and "num_positions.<layer>".
+    """
+
+    def __init__(self, layers: list[TrackedLayer], precision: Precision, device: torch.device):
+        self.precision = precision
+        self.tensors: Tensors = {}
+        for layer in layers:
+            for kind, size in (("activation", layer.shape[1]), ("gradient", layer.shape[0])):
+                self.tensors[f"{kind}.{layer.name}"] = torch.zeros(size, size, dtype=precision.sum_dtype, device=device)
+            self.tensors[f"num_positions.{layer.name}"] = torch.zeros((), dtype=torch.int64, device=device)
+
+    def update(self, layer: TrackedLayer, captured: Captured) -> None:
+        """Add one batch of one layer; positions that the mask excludes count for nothing."""
+        if captured.mask is None:
+            activations = captured.activations.flatten(0, 1)
+            output_gradients = captured.output_gradients.flatten(0, 1)
+        else:
+            activations = captured.activations[captured.mask]
+            output_gradients = captured.output_gradients[captured.mask]
+        total = self.tensors[f"activation.{layer.name}"]
+        i = layer.in_features
+        add_second_moment(total[:i, :i], activations, self.precision)
+        if layer.has_bias:  # the products of each input with the bias's one, and of that one with itself
+            total[:i, i] += activations.sum(0, dtype=self.precision.sum_dtype)
+            total[i, i] += len(activations)
+        add_second_moment(self.tensors[f"gradient.{layer.name}"], output_gradients, self.precision)
+        self.tensors[f"num_positions.{layer.name}"] += len(activations)
+
+    def means(self, layers: list[TrackedLayer]) -> tuple[dict[str, Tensors], dict[str, int]]:
+        """({"activation_covariance": {layer: [in(+1), in(+1)]}, "gradient_covariance": …}, num_positions by layer)."""
+        counts = {layer.name: int(self.tensors[f"num_positions.{layer.name}"]) for layer in layers}
+        files = {
+            f"{kind}_covariance": {
+                layer.name: mirror(self.tensors[f"{kind}.{layer.name}"]).div_(counts[layer.name]) for layer in layers
+            }
+            for kind in ("activation", "gradient")
+        }
+        return files, counts

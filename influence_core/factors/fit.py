@@ -1,0 +1,154 @@
+"""Fit the factors of a strategy, stage by stage; each stage finds its inputs on disk and leaves its result there."""
+
+from typing import Protocol
+
+import torch
+
+from influence_core.batches import plan_batches
+from influence_core.factors.covariance import CovarianceSums
+from influence_core.factors.eigendecomposition import eigendecomposition
+from influence_core.factors.lambdas import LambdaSums
+from influence_core.factors.strategies import find_strategy
+from influence_core.layers import TrackedLayer
+from influence_core.passes import Captured
+from influence_core.storage import StageStore, Tensors
+from influence_core.study import Study
+
+
+class Sums(Protocol):
+    """What a pass over the training set adds up; `tensors` is the whole state."""
+
+    tensors: Tensors
+
+    def update(self, layer: TrackedLayer, captured: Captured) -> None: ...
+
+
+def fit_factors(study: Study, strategy_name: str, batch_size: int) -> dict[str, StageStore]:
+    """Fit and store what a strategy needs, under `factors_<name>`; finished, matching stages are left as they are.
+
+    Returns:
+        {stage: store}, for those of covariance, eigendecomposition and lambda that the strategy has.
+    """
+    strategy = find_strategy(strategy_name)
+    name = factors_name(study, strategy_name)
+    stores: dict[str, StageStore] = {}
+    if strategy.in_eigenbasis:
+        stores["covariance"] = study.factor_store(name, "covariance")
+        _fit_covariance(study, stores["covariance"], batch_size)
+        made_from = {"covariance": stores["covariance"].checksum()}
+        stores["eigendecomposition"] = study.factor_store(name, "eigendecomposition", **made_from)
+        _perform_eigendecomposition(study, stores["eigendecomposition"], stores["covariance"])
+    if strategy.needs_lambda:
+        basis = stores["eigendecomposition"].checksum() if strategy.in_eigenbasis else "identity"
+        stores["lambda"] = study.factor_store(name, "lambda", basis=basis)
+        _fit_lambda(study, stores["lambda"], stores.get("eigendecomposition"), batch_size)
+    return stores
+
+
+def factors_name(study: Study, strategy_name: str) -> str:
+    """Directory suffix of a strategy's factors and scores."""
+    return strategy_name + ("_half" if study.runtime.precision.is_half else "")
+
+
+def _fit_covariance(study: Study, store: StageStore, batch_size: int) -> None:
+    with study.stage(store) as todo:
+        if not todo:
+            return
+        with study.profiler("Fit Covariance"):
+            sums = CovarianceSums(study.layers, study.runtime.precision, study.runtime.device)
+            _accumulate(study, store, sums, batch_size, "Fit Covariance")
+            files, num_positions = sums.means(study.layers)
+        with study.profiler("Save Covariance"):
+            if study.runtime.is_main:
+                store.save(files, {"num_examples": len(study.train_dataset), "num_positions": num_positions})
+
+
+def _perform_eigendecomposition(study: Study, store: StageStore, covariance_store: StageStore) -> None:
+    with study.stage(store) as todo:
+        if not todo:
+            return
+        runtime = study.runtime
+        with study.profiler("Load Covariance"):
+            covariances = covariance_store.load()
+        with study.profiler("Perform Eigendecomposition"):
+            files = {
+                f"{kind}_{part}": {} for kind in ("activation", "gradient") for part in ("eigenvalues", "eigenvectors")
+            }
+            jobs = [(kind, layer.name) for layer in study.layers for kind in ("activation", "gradient")]
+            # The largest first, dealt out to the processes in turn, so that all finish at about the same time.
+            jobs.sort(key=lambda job: -len(covariances[f"{job[0]}_covariance"][job[1]]))
+            with runtime.progress(len(jobs), "Perform Eigendecomposition", unit="matrix") as bar:
+                for number, (kind, layer_name) in enumerate(jobs):
+                    covariance = covariances[f"{kind}_covariance"].pop(layer_name).to(runtime.device)
+                    values, vectors = covariance.new_empty(len(covariance)), torch.empty_like(covariance)
+                    if number % runtime.world_size == runtime.rank:
+                        values, vectors = eigendecomposition(covariance)
+                    files[f"{kind}_eigenvalues"][layer_name] = values
+                    files[f"{kind}_eigenvectors"][layer_name] = vectors
+                    bar.update()
+            for number, (kind, layer_name) in enumerate(jobs):
+                for part in ("eigenvalues", "eigenvectors"):
+                    runtime.broadcast(files[f"{kind}_{part}"][layer_name], source=number % runtime.world_size)
+        with study.profiler("Save Eigendecomposition"):
+            if runtime.is_main:
+                store.save(files)
+
+
+def _fit_lambda(study: Study, store: StageStore, eigendecomposition_store: StageStore | None, batch_size: int) -> None:
+    with study.stage(store) as todo:
+        if not todo:
+            return
+        activation_eigenvectors = gradient_eigenvectors = None
+        if eigendecomposition_store is not None:
+            with study.profiler("Load Eigendecomposition"):
+                files = eigendecomposition_store.load()
+            activation_eigenvectors, gradient_eigenvectors = (
+                files[f"{kind}_eigenvectors"] for kind in ("activation", "gradient")
+            )
+        with study.profiler("Fit Lambda"):
+            post_process = study.task.post_process_per_sample_gradient if study.task.post_processes else None
+            sums = LambdaSums(
+                study.layers,
+                study.runtime.precision,
+                study.runtime.device,
+                activation_eigenvectors,
+                gradient_eigenvectors,
+                post_process,
+            )
+            _accumulate(study, store, sums, batch_size, "Fit Lambda")
+            files = sums.means(study.layers, len(study.train_dataset))
+        with study.profiler("Save Lambda"):
+            if study.runtime.is_main:
+                store.save(files, {"num_examples": len(study.train_dataset)})
+
+
+def _accumulate(study: Study, store: StageStore, sums: Sums, batch_size: int, description: str) -> None:
+    """One pass over this process's share of the training set, then the sum over processes.
+
+    Progress is noted on the way; a run that was killed goes on there, with the same batches in the same order, and so
+    ends with the same numbers.
+    """
+    runtime = study.runtime
+    batches = plan_batches(len(study.train_dataset), batch_size, runtime)
+    partition = {"rank": runtime.rank, "world_size": runtime.world_size, "batch_size": batch_size}
+    done = 0
+    progress = store.load_progress(partition)
+    if progress is not None:
+        done, tensors = progress
+        for name, tensor in tensors.items():
+            sums.tensors[name].copy_(tensor)
+        runtime.print(f"{description}: going on after {done} of {len(batches)} batches")
+    clock = study.progress_clock()
+    num_examples, num_done = (sum(map(len, part)) for part in (batches, batches[:done]))
+    with (
+        runtime.progress(num_examples, description, initial=num_done) as bar,
+        study.gradient_pass(study.fisher_loss) as run,
+    ):
+        captures = study.captures(run, study.train_dataset, batches[done:], "training loss")
+        for step, (_, captured) in enumerate(captures, done):
+            for layer in study.layers:
+                sums.update(layer, captured.pop(layer.name))
+            bar.update(len(batches[step]))
+            if clock.is_due():
+                store.save_progress(partition, step + 1, sums.tensors)
+    runtime.all_reduce(sums.tensors.values())

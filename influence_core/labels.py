@@ -1,0 +1,77 @@
+"""Labels sampled from the model's own distribution, the same whatever the batching.
+
+The Fisher is an expectation over the model's distribution, so its factors need labels drawn from it. A draw takes one
+uniform number and a search in the cumulative sum (inverse-CDF sampling). The uniform is a function of (seed, example,
+position) alone, so the labels do not depend on batch size, order or number of processes. (Two runs whose logits differ
+by rounding can differ in a label where the uniform falls within rounding of a boundary, about one in a million.)
+"""
+
+import torch
+from torch import Tensor
+
+
+def _signed(value: int) -> int:
+    """A 64-bit constant as the signed integer that torch.int64 holds."""
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+_GOLDEN, _MIX_1, _MIX_2 = map(_signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical shift (torch shifts signed integers arithmetically)."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The splitmix64 finaliser: every input bit reaches every output bit. int64 products wrap, as wanted.
+
+    Source: Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators".
+    """
+    x = (x ^ _shift_right(x, 30)) * _MIX_1
+    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    return x ^ _shift_right(x, 31)
+
+
+def counter_uniforms(seed: int, example_index: Tensor, num_positions: int) -> Tensor:
+    """One uniform number in [0, 1) for each (seed, example, position).
+
+    Args:
+        seed: any integer.
+        example_index: [examples] int64.
+    Returns:
+        [examples, num_positions] float32, multiples of 2^-24.
+    """
+    positions = torch.arange(1, num_positions + 1, device=example_index.device)
+    state = _mix(example_index * _GOLDEN + _signed(seed * 0xD1342543DE82EF95 & (1 << 64) - 1))
+    return _shift_right(_mix(state[:, None] + positions * _GOLDEN), 40).float() * 2.0**-24
+
+
+def sample_categorical(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """The category into which each uniform falls, by inverse CDF.
+
+    Args:
+        weights: [..., categories], non-negative, not necessarily normalised.
+        uniforms: [...], in [0, 1).
+    Returns:
+        [...] int64.
+    """
+    cumulative = weights.cumsum(-1)
+    thresholds = (uniforms.to(weights.dtype) * cumulative[..., -1]).unsqueeze(-1)
+    labels = torch.searchsorted(cumulative, thresholds, right=True).squeeze(-1)
+    return labels.clamp_(max=weights.shape[-1] - 1)
+
+
+class LabelSampler:
+    """Hands a task the uniforms for its batch; stands where the task would use the data's labels."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def uniforms(self, example_index: Tensor, num_positions: int) -> Tensor:
+        """[examples, num_positions], see `counter_uniforms`."""
+        return counter_uniforms(self.seed, example_index, num_positions)
+
+    def sample(self, logits: Tensor, uniforms: Tensor) -> Tensor:
+        """One label for each row of logits [..., categories]; uniforms [...]."""
+        return sample_categorical(logits.detach().float().softmax(-1), uniforms)

@@ -1,0 +1,225 @@
+"""The one forward/backward engine: batch -> {layer: (activations, output gradients)}.
+
+A forward hook on each tracked layer keeps the layer's input and its output; one torch.autograd.grad of the summed loss
+then gives the gradients of all outputs at once. Parameters are frozen meanwhile, so that no gradient is computed which
+nobody reads: the graph starts at the first tracked layer. Under torch.compile, where intermediate tensors are out of
+reach, a zero `probe` is added to each output instead and the gradients of the probes are taken.
+
+A layer that is called several times in one forward pass has its calls laid end to end along the position axis: the
+contraction over positions then adds the calls up within an example, as the chain rule wants.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from influence_core.layers import TrackedLayer
+from influence_core.precision import Precision
+from influence_core.task import EXAMPLE_INDEX, Batch
+
+LossFunction = Callable[[nn.Module, Batch], Tensor]
+MaskFunction = Callable[[Batch, str], Tensor | None]
+
+
+@dataclass
+class Captured:
+    """What one layer saw of one batch: enough for every factor and every per-sample gradient."""
+
+    activations: Tensor  # [rows, positions, in], as operands of products
+    output_gradients: Tensor  # [rows, positions, out], of the summed loss, as operands of products
+    mask: Tensor | None  # [rows, positions] bool, true at real positions; None: all are real
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What one batch takes, for the plan."""
+
+    num_bytes: int  # kept between forward and backward, with what is captured
+    forward_flops: int
+    backward_flops: int
+    positions: dict[str, int]  # rows * positions that each layer sees
+
+
+class GradientPass:
+    """Context manager: `with GradientPass(...) as run: loss, captured = run(batch)`.
+
+    Inside, the model is in evaluation mode, its parameters are frozen and hooks sit on the tracked layers; on leaving,
+    also by an exception, it is as it was found. Layers are neither wrapped nor replaced, and `.grad` is never touched.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: list[TrackedLayer],
+        loss_function: LossFunction,
+        position_mask: MaskFunction = lambda batch, layer_name: None,
+        precision: Precision | None = None,
+        compile: bool = False,
+    ):
+        self.model, self.layers, self.loss_function, self.position_mask = model, layers, loss_function, position_mask
+        self.precision = precision or Precision()
+        self.step = torch.compile(self._step) if compile else None
+        self.probe_shapes: dict[tuple, dict[str, list[torch.Size]]] = {}  # by the shapes of the batch
+        self.inputs: dict[str, list[Tensor]] = {}
+        self.outputs: dict[str, list[Tensor]] = {}
+        self.versions: list[tuple[str, Tensor, int]] = []  # of each output when it was made
+        self.probes: dict[str, list[Tensor]] | None = None
+
+    def __enter__(self) -> "GradientPass":
+        self.requires_grad = [parameter.requires_grad for parameter in self.model.parameters()]
+        self.training = [module.training for module in self.model.modules()]
+        self.exact_weights: list[Tensor] = []
+        self.model.requires_grad_(False).eval()
+        if self.precision.emulated:
+            for layer in self.layers:
+                self.exact_weights.append(layer.module.weight.data)
+                layer.module.weight.data = self.precision.operand(layer.module.weight.data)
+        self.handles = []
+        for layer in self.layers:
+            if self.precision.emulated:
+                self.handles.append(layer.module.register_forward_pre_hook(self._round_input))
+            self.handles.append(layer.module.register_forward_hook(self._hook(layer.name)))
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for handle in self.handles:
+            handle.remove()
+        for layer, weight in zip(self.layers, self.exact_weights):
+            layer.module.weight.data = weight
+        for parameter, requires_grad in zip(self.model.parameters(), self.requires_grad):
+            parameter.requires_grad_(requires_grad)
+        for module, training in zip(self.model.modules(), self.training):
+            module.training = training
+        self._forget()
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Captured]]:
+        """Run one batch.
+
+        Returns:
+            The summed loss (a scalar, detached), and what each layer captured.
+        Raises:
+            RuntimeError: a tracked layer was not called, or its output was changed in place.
+            ValueError: rows or the position mask do not fit what the layer saw.
+        """
+        shapes = tuple((key, value.shape) for key, value in batch.items())
+        with torch.enable_grad():
+            if self.step is not None and shapes in self.probe_shapes:
+                loss, gradients = self._run_compiled(batch, self.probe_shapes[shapes])
+            else:
+                loss, gradients = self._run_eager(batch)
+                self.probe_shapes[shapes] = {name: [x.shape for x in xs] for name, xs in self.outputs.items()}
+        captured = {layer.name: self._captured(layer, batch, gradients[layer.name]) for layer in self.layers}
+        self._forget()
+        return loss.detach(), captured
+
+    def probe(self, batch: Batch) -> "Probe":
+        """Run one batch and count what it takes."""
+        storages: dict[int, int] = {}
+        constants = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in constants:
+                storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with FlopCounterMode(display=False) as counter, torch.enable_grad():
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                loss = self.loss_function(self.model, batch)
+            forward_flops = counter.get_total_flops()
+            kept = [x for calls in (*self.inputs.values(), *self.outputs.values()) for x in calls]
+            gradients = self._gradients(loss, self.outputs)
+        for tensor in [*kept, *(x for calls in gradients.values() for x in calls)]:
+            note(tensor)
+        positions = {name: sum(x[..., 0].numel() for x in calls) for name, calls in self.inputs.items()}
+        self._forget()
+        return Probe(sum(storages.values()), forward_flops, counter.get_total_flops() - forward_flops, positions)
+
+    def _forget(self) -> None:
+        self.inputs, self.outputs, self.versions, self.probes = {}, {}, [], None
+
+    def _round_input(self, module: nn.Module, arguments: tuple):
+        return (self.precision.operand(arguments[0]), *arguments[1:])
+
+    def _hook(self, name: str):
+        def keep(module: nn.Module, arguments: tuple, output: Tensor) -> Tensor:
+            self.inputs.setdefault(name, []).append(arguments[0].detach())
+            calls = self.outputs.setdefault(name, [])
+            if self.probes is not None:
+                calls.append(output)
+                return output + self.probes[name][len(calls) - 1]
+            if not output.requires_grad:
+                output.requires_grad_()
+            calls.append(output)
+            self.versions.append((name, output, output._version))
+            # Emulated bfloat16 rounds the output, and with it the output's gradient, as a bfloat16 layer would.
+            return self.precision.operand(output) if self.precision.emulated else output
+
+        return keep
+
+    def _run_eager(self, batch: Batch) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        self._forget()
+        with self.precision.autocast(next(self.model.parameters()).device):
+            loss = self.loss_function(self.model, batch)
+        uncalled = [layer.name for layer in self.layers if layer.name not in self.outputs]
+        if uncalled:
+            raise RuntimeError(f"tracked layers that the forward pass did not call: {', '.join(uncalled)}")
+        for name, output, version in self.versions:
+            if output._version != version:
+                raise RuntimeError(
+                    f"the output of layer {name} is changed in place by the model, so its gradient cannot be had; "
+                    "use an out-of-place operation after it"
+                )
+        return loss, self._gradients(loss, self.outputs)
+
+    def _run_compiled(self, batch: Batch, probe_shapes: dict) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        self._forget()
+        dtype = self.precision.product_dtype
+        device = next(self.model.parameters()).device
+        probes = {
+            name: [torch.zeros(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes]
+            for name, shapes in probe_shapes.items()
+        }
+        loss, self.inputs = self.step(batch, probes)
+        return loss, self._gradients(loss, probes)
+
+    def _step(self, batch: Batch, probes: dict) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        self.inputs, self.outputs, self.probes = {}, {}, probes
+        with self.precision.autocast(next(self.model.parameters()).device):
+            loss = self.loss_function(self.model, batch)
+        return loss, self.inputs
+
+    def _gradients(self, loss: Tensor, sources: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+        flat = [tensor for layer in self.layers for tensor in sources[layer.name]]
+        gradients = iter(torch.autograd.grad(loss, flat, allow_unused=True, materialize_grads=True))
+        return {layer.name: [next(gradients) for _ in sources[layer.name]] for layer in self.layers}
+
+    def _captured(self, layer: TrackedLayer, batch: Batch, gradients: list[Tensor]) -> Captured:
+        """Lay calls end to end, give every layer a position axis, and check that everything fits."""
+        num_examples = len(batch[EXAMPLE_INDEX])
+        activations = _lay_out([self.precision.operand(x) for x in self.inputs.pop(layer.name)])
+        output_gradients = _lay_out([self.precision.operand(x) for x in gradients])
+        if len(activations) % num_examples or activations.shape[:2] != output_gradients.shape[:2]:
+            raise ValueError(
+                f"layer {layer.name} saw inputs {tuple(activations.shape)} and output gradients "
+                f"{tuple(output_gradients.shape)} for {num_examples} examples: the first axis must count rows"
+            )
+        mask = self.position_mask(batch, layer.name)
+        if mask is not None:
+            num_calls = len(gradients)
+            mask = mask.bool().repeat(1, num_calls) if num_calls > 1 else mask.bool()
+            if mask.shape != activations.shape[:2]:
+                raise ValueError(
+                    f"the position mask of layer {layer.name} is {tuple(mask.shape)}, but the layer saw "
+                    f"{tuple(activations.shape[:2])} rows and positions: give it the mask of its own input stream"
+                )
+        return Captured(activations, output_gradients, mask)
+
+
+def _lay_out(calls: list[Tensor]) -> Tensor:
+    """Calls of [rows, ..., features] -> [rows, positions, features]."""
+    calls = [x.reshape(len(x), -1, x.shape[-1]) for x in calls]
+    return calls[0] if len(calls) == 1 else torch.cat(calls, dim=1)

@@ -1,0 +1,82 @@
+"""Which number formats are used where: the one place that decides it.
+
+float32:  model, products and sums in float32.
+bfloat16: operands of products (model and influence) rounded to bfloat16, products accumulated in float32; the residual
+          stream, losses, covariances, eigenvectors, Lambda and scores stay float32 (eigh in float64 always).
+float64:  everything in float64, for tests.
+
+A device whose matrix units take bfloat16 runs it through autocast. Elsewhere (most CPUs, whose bfloat16 products are
+hundreds of times slower than float32) it is emulated: operands are rounded to bfloat16 and multiplied in float32, which
+is what matrix units compute. It saves no time there; it shows what half precision does to the numbers.
+"""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from influence_core.errors import UserError
+
+
+@dataclass(frozen=True)
+class Precision:
+    """dtypes of product operands and of sums; `emulated`: bfloat16 rounding without bfloat16 products."""
+
+    operand_dtype: torch.dtype = torch.float32
+    sum_dtype: torch.dtype = torch.float32
+    emulated: bool = False
+
+    @classmethod
+    def choose(cls, device: torch.device, half: bool) -> "Precision":
+        """float32, or bfloat16 in the way that the device does it best."""
+        if not half:
+            return cls()
+        if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise UserError(f"{torch.cuda.get_device_name()} has no bfloat16; run without --use_half_precision")
+        return cls(operand_dtype=torch.bfloat16, emulated=device.type == "cpu" and not _cpu_multiplies_bfloat16())
+
+    @property
+    def name(self) -> str:
+        """As manifests and plans say it."""
+        return str(self.operand_dtype).removeprefix("torch.")
+
+    @property
+    def is_half(self) -> bool:
+        return self.operand_dtype == torch.bfloat16
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """The dtype that `operand` returns."""
+        return torch.float32 if self.emulated else self.operand_dtype
+
+    def autocast(self, device: torch.device):
+        """The context for the model's forward pass."""
+        if self.is_half and not self.emulated:
+            return torch.autocast(device.type, self.operand_dtype)
+        return contextlib.nullcontext()
+
+    def operand(self, x: Tensor) -> Tensor:
+        """x as it enters a product."""
+        return x.to(self.operand_dtype).to(self.product_dtype)
+
+    def matmul(self, a: Tensor, b: Tensor) -> Tensor:
+        """a @ b for matrices (or batches of them) that `operand` made, accumulated and returned in sum_dtype."""
+        if a.dtype == self.sum_dtype:
+            return a @ b
+        if a.is_cuda:
+            product = torch.mm if a.dim() == 2 else torch.bmm
+            return product(a, b, out_dtype=self.sum_dtype)
+        return a.to(self.sum_dtype) @ b.to(self.sum_dtype)
+
+    def add_matmul(self, total: Tensor, a: Tensor, b: Tensor) -> None:
+        """total += a @ b, total in sum_dtype."""
+        if a.dtype == total.dtype:
+            total.addmm_(a, b)
+        else:
+            total += self.matmul(a, b)
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    """Whether the CPU has bfloat16 matrix instructions."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -1,0 +1,134 @@
+"""Where and how a run happens: device, process group, seed, precision, torch.compile, free memory."""
+
+import os
+import random
+import resource
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from influence_core.errors import UserError
+from influence_core.precision import Precision
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One process's view of the run; `Runtime()` is a single process in float32 on the CPU."""
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    precision: Precision = field(default_factory=Precision)
+    rank: int = 0
+    world_size: int = 1
+    seed: int = 0
+    compile: bool = False
+
+    @classmethod
+    def start(
+        cls, use_ddp: bool = False, use_half_precision: bool = False, use_compile: bool = False, seed: int = 0
+    ) -> "Runtime":
+        """Choose the device, join the process group (under torchrun) and seed every generator.
+
+        Raises:
+            UserError: --use_ddp outside torchrun; a precision that the device does not have.
+        """
+        rank, world_size, local_rank = 0, 1, 0
+        if use_ddp:
+            if "LOCAL_RANK" not in os.environ:
+                raise UserError(
+                    "--use_ddp works under torchrun only: torchrun --standalone --nproc-per-node=N "
+                    f"{sys.argv[0]} --use_ddp …, or leave --use_ddp out for one process"
+                )
+            local_rank = int(os.environ["LOCAL_RANK"])
+        device = torch.device(f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        precision = Precision.choose(device, use_half_precision)
+        if use_ddp:
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(minutes=30))
+            rank, world_size = dist.get_rank(), dist.get_world_size()
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        return cls(device, precision, rank, world_size, seed, use_compile)
+
+    def stop(self) -> None:
+        """Leave the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    @property
+    def is_main(self) -> bool:
+        """Only this process prints and writes shared files."""
+        return self.rank == 0
+
+    def print(self, *values, **options) -> None:
+        if self.is_main:
+            print(*values, **options, flush=True)
+
+    def progress(self, total: int, description: str, initial: int = 0, unit: str = "seq") -> tqdm:
+        """A progress bar with an estimate of the time left, on rank 0 only."""
+        return tqdm(
+            total=total, initial=initial, desc=description, unit=unit, disable=not self.is_main, dynamic_ncols=True
+        )
+
+    def all_reduce(self, tensors: Iterable[Tensor]) -> None:
+        """Sum each tensor over processes, in place."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        """Give every process the tensor of rank `source`, in place."""
+        if self.world_size > 1:
+            dist.broadcast(tensor, source)
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given (for timing)."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def used_memory(self) -> int:
+        """Bytes this process holds on its device now."""
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device)
+        with open("/proc/self/statm") as statm:
+            return int(statm.read().split()[1]) * resource.getpagesize()
+
+    def peak_memory(self) -> int:
+        """Bytes this process has held on its device at most."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    def free_memory(self) -> int:
+        """Bytes that this process may still take: 90 % of what is free, shared among the processes of a machine."""
+        if self.device.type == "cuda":
+            cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            return int(0.9 * (torch.cuda.mem_get_info(self.device)[0] + cached))
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if self.world_size > 1 else 1
+        return int(0.9 * _free_system_memory() / local_processes)
+
+
+def _free_system_memory() -> int:
+    """Bytes available on this machine, within the limit of its control group (containers)."""
+    with open("/proc/meminfo") as meminfo:
+        available = next(int(line.split()[1]) * 1024 for line in meminfo if line.startswith("MemAvailable"))
+    try:
+        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as current:
+            available = min(available, int(limit.read()) - int(current.read()))
+    except (OSError, ValueError):  # no control group, or no limit ("max")
+        pass
+    return available

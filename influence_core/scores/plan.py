@@ -1,0 +1,224 @@
+"""How many preconditioned query gradients stay in memory, and so how many passes over the training set there are.
+
+Every resident query shares a pass. Where memory holds all queries for all layers, there is one pass. Where it does
+not, the work is split by layers first, then by queries: a pass for a group of layers needs no backward pass below the
+group and makes per-sample gradients of the group alone, while a pass for a tile of queries repeats everything.
+
+For two parts the count is, with P parameters and T positions, an example: 9 PT by layers against 12 PT by queries.
+"""
+
+from dataclasses import dataclass
+
+from influence_core.errors import UserError
+from influence_core.layers import TrackedLayer
+from influence_core.losses import CHUNK_BYTES
+from influence_core.passes import Probe
+
+GRADIENT_BUFFER_BYTES = 512 << 20  # at most, of the per-sample gradients of a layer made at once
+
+
+@dataclass(frozen=True)
+class Work:
+    """The size of an analysis, in examples, bytes an example, and dtypes' bytes."""
+
+    num_train: int
+    num_queries: int
+    num_strategies: int
+    train_batch_size: int
+    query_batch_size: int
+    factor_batch_size: int
+    train: Probe  # of one training example
+    query: Probe  # of one query
+    operand_bytes: int  # of a number that enters a product, such as a stored query gradient
+    in_eigenbasis: bool  # whether any strategy is
+    needs_lambda: bool
+    sum_bytes: int = 4
+
+    @property
+    def num_rows(self) -> int:
+        """Preconditioned gradients: one for each query and strategy."""
+        return self.num_queries * self.num_strategies
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The layers and queries that are resident in each pass, and what that takes."""
+
+    layer_groups: list[list[TrackedLayer]]
+    query_tiles: list[range]
+    resident_bytes: int  # of query gradients, the largest pass
+    peak_bytes: dict[str, int]  # beyond what is in use before, by stage
+    pairwise_flops: float
+
+    @property
+    def num_passes(self) -> int:
+        return len(self.layer_groups) * len(self.query_tiles)
+
+
+def make_plan(layers: list[TrackedLayer], work: Work, budget: int) -> Plan:
+    """The plan with the fewest FLOPs among those that fit.
+
+    Args:
+        layers: in the order of the forward pass.
+        budget: bytes that may be taken beyond what is in use.
+    Raises:
+        UserError: one layer with one query does not fit.
+    """
+    plans = []
+    num_tiles = 1
+    while num_tiles <= work.num_queries:
+        tile_size = -(-work.num_queries // num_tiles)
+        tiles = [
+            range(start, min(start + tile_size, work.num_queries)) for start in range(0, work.num_queries, tile_size)
+        ]
+        groups = _fill_groups(layers, work, tile_size, budget)
+        if groups is not None:
+            plans.append(_cost(groups, tiles, layers, work))
+            if len(groups) == 1:
+                break
+        num_tiles += 1
+    if not plans:
+        smallest = max(max(_peaks([layer], work, 1).values()) for layer in layers)
+        raise UserError(
+            f"{gigabytes(budget)} of memory is too little: the largest layer with a single query needs "
+            f"{gigabytes(smallest)}; lower --train_batch_size, --query_batch_size and --factor_batch_size, or raise "
+            "--memory_budget_gb"
+        )
+    return min(plans, key=lambda plan: (plan.pairwise_flops, plan.num_passes))
+
+
+def gradient_chunk(layer: TrackedLayer, itemsize: int) -> int:
+    """Per-sample gradients of a layer that are made at once, at most."""
+    return max(1, GRADIENT_BUFFER_BYTES // (layer.num_parameters * itemsize))
+
+
+def _fill_groups(
+    layers: list[TrackedLayer], work: Work, tile_size: int, budget: int
+) -> list[list[TrackedLayer]] | None:
+    """Consecutive layers into as few groups as fit, of about equal size; None if a single layer does not fit."""
+
+    def fits(group: list[TrackedLayer]) -> bool:
+        return max(_peaks(group, work, tile_size).values()) <= budget
+
+    def fill(limit: float) -> list[list[TrackedLayer]] | None:
+        groups: list[list[TrackedLayer]] = [[]]
+        for layer in layers:
+            grown = [*groups[-1], layer]
+            if groups[-1] and (not fits(grown) or sum(x.num_parameters for x in grown) > limit):
+                groups.append([layer])
+            else:
+                groups[-1] = grown
+        return groups if all(map(fits, groups)) else None
+
+    groups = fill(float("inf"))
+    if groups is None or len(groups) == 1:
+        return groups
+    even = 1.1 * sum(layer.num_parameters for layer in layers) / len(groups)
+    balanced = fill(even)
+    return balanced if balanced is not None and len(balanced) == len(groups) else groups
+
+
+def _peaks(group: list[TrackedLayer], work: Work, tile_size: int) -> dict[str, int]:
+    """Bytes beyond what is in use, for the stages that the plan can shape."""
+    resident = tile_size * work.num_strategies * sum(layer.num_parameters for layer in group) * work.operand_bytes
+    scores = work.num_rows * work.num_train * work.sum_bytes
+    logits = 4 * CHUNK_BYTES
+    buffers = {}
+    for name, size in (("query", work.query_batch_size), ("train", work.train_batch_size)):
+        buffers[name] = max(
+            min(size, gradient_chunk(layer, work.operand_bytes)) * layer.num_parameters for layer in group
+        )
+    factors = factor_bytes(group, work, eigenvectors_only=True)
+    # A query's gradient is held flat, as a matrix, and twice while it is rotated.
+    query = work.query_batch_size * work.query.num_bytes + buffers["query"] * (work.operand_bytes + 3 * work.sum_bytes)
+    train = work.train_batch_size * work.train.num_bytes + buffers["train"] * work.operand_bytes
+    return {
+        "query gradients": resident + scores + factors + query + logits,
+        "training pass": resident + scores + train + logits,
+    }
+
+
+def factor_bytes(layers: list[TrackedLayer], work: Work, eigenvectors_only: bool = False) -> int:
+    """Bytes of the factors: what a preconditioner holds, or all that is stored."""
+    squares = sum(size * size for layer in layers for size in layer.shape)
+    parameters = sum(layer.num_parameters for layer in layers)
+    matrices = (squares if eigenvectors_only else 2 * squares) * work.in_eigenbasis
+    return (matrices + parameters * (work.needs_lambda or work.in_eigenbasis)) * work.sum_bytes
+
+
+def fit_peaks(layers: list[TrackedLayer], work: Work) -> dict[str, int]:
+    """Bytes beyond what is in use, of the factor stages."""
+    peaks = {}
+    squares = sum(size * size for layer in layers for size in layer.shape) * work.sum_bytes
+    batch = work.factor_batch_size * work.train.num_bytes + 4 * CHUNK_BYTES
+    if work.in_eigenbasis:
+        peaks["covariance"] = squares + batch
+        largest = max(max(layer.shape) for layer in layers)
+        peaks["eigendecomposition"] = squares + 5 * 8 * largest**2
+    if work.needs_lambda:
+        buffer = max(work.factor_batch_size * layer.num_parameters for layer in layers) * work.sum_bytes
+        lambda_matrices = sum(layer.num_parameters for layer in layers) * work.sum_bytes
+        peaks["lambda"] = squares * work.in_eigenbasis + lambda_matrices + batch + 2 * min(buffer, 256 << 20)
+    return peaks
+
+
+def fit_flops(layers: list[TrackedLayer], work: Work) -> dict[str, float]:
+    """FLOPs of the factor stages: the passes, and the products that the factors need."""
+    one_pass = work.train.forward_flops + work.train.backward_flops
+    flops = {}
+    if work.in_eigenbasis:
+        products = sum(work.train.positions[layer.name] * sum(d * d for d in layer.shape) for layer in layers)
+        flops["covariance"] = work.num_train * (one_pass + products)  # half of 2 t d^2, by symmetry
+        flops["eigendecomposition"] = 9.0 * sum(d**3 for layer in layers for d in layer.shape)
+    if work.needs_lambda:
+        products = 0
+        for layer in layers:
+            (o, i), t = layer.shape, work.train.positions[layer.name]
+            rotation = min(2 * t * (o * o + i * i), 2 * o * i * (o + i)) * work.in_eigenbasis
+            products += 2 * t * o * i + rotation
+        flops["lambda"] = work.num_train * (one_pass + products)
+    return flops
+
+
+def _cost(groups: list[list[TrackedLayer]], tiles: list[range], layers: list[TrackedLayer], work: Work) -> Plan:
+    per_example = 0.0
+    parameters = sum(layer.num_parameters for layer in layers)
+    below = 0
+    for group in groups:
+        in_group = sum(layer.num_parameters for layer in group)
+        per_example += work.train.forward_flops + work.train.backward_flops * (1 - below / parameters)
+        per_example += sum(2 * work.train.positions[layer.name] * layer.num_parameters for layer in group)
+        below += in_group
+    flops = work.num_train * (len(tiles) * per_example + 2 * work.num_rows * parameters)
+    peaks = fit_peaks(layers, work)
+    for group in groups:
+        for stage, peak in _peaks(group, work, len(tiles[0])).items():
+            peaks[stage] = max(peak, peaks.get(stage, 0))
+    resident = max(sum(layer.num_parameters for layer in group) for group in groups)
+    return Plan(groups, tiles, resident * len(tiles[0]) * work.num_strategies * work.operand_bytes, peaks, flops)
+
+
+def gigabytes(num_bytes: float) -> str:
+    """Bytes as a person reads them (1 GB = 10^9 bytes)."""
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
+
+
+def describe_plan(plan: Plan, layers: list[TrackedLayer], work: Work, in_use: int, budget: int) -> str:
+    """The plan as a person reads it, before the work begins."""
+    flops = {**fit_flops(layers, work), "pairwise": plan.pairwise_flops}
+    stages = ", ".join(f"{stage} {gigabytes(in_use + peak)}" for stage, peak in plan.peak_bytes.items())
+    passes = f"{plan.num_passes} over the training set"
+    if plan.num_passes > 1:
+        passes += f" ({len(plan.layer_groups)} groups of layers x {len(plan.query_tiles)} tiles of queries)"
+    disk = factor_bytes(layers, work) + work.num_rows * work.num_train * 4
+    rows = {
+        "tracked": f"{len(layers)} layers, {sum(layer.num_parameters for layer in layers):,} parameters",
+        "scores": f"{work.num_queries} queries x {work.num_train} training examples x {work.num_strategies} strategies",
+        "passes": passes,
+        "queries": f"{gigabytes(plan.resident_bytes)} of preconditioned gradients stay in memory",
+        "memory": f"{gigabytes(in_use + max(plan.peak_bytes.values()))} at the peak ({stages}); "
+        f"{gigabytes(in_use)} in use, {gigabytes(budget)} more may be taken",
+        "disk": f"{gigabytes(disk)} of factors and scores",
+        "work": ", ".join(f"{stage} {count / 1e12:.3g}" for stage, count in flops.items()) + " TFLOP",
+    }
+    return "Plan\n" + "\n".join(f"  {name:<8} {text}" for name, text in rows.items())

@@ -1,0 +1,231 @@
+"""Every read and write of factors and scores.
+
+A stage's result is one or more .safetensors files and, beside them, a JSON manifest, written last: what made the
+result (settings), what it counts, and a checksum of each file. So a result is there whole or not at all, and is used
+again only for the very settings that made it.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from influence_core.errors import UserError
+
+Tensors = dict[str, Tensor]
+
+
+class StageStore:
+    """The stored result of one stage: `<directory>/<stage>.json` and the files that it names.
+
+    Args:
+        directory: made when something is written.
+        stage: name of the manifest, such as "covariance".
+        settings: all that determines the numbers, as JSON values; a stored result with others is refused.
+    """
+
+    def __init__(self, directory: Path, stage: str, settings: Mapping[str, Any]):
+        self.directory, self.stage, self.settings = Path(directory), stage, dict(settings)
+
+    @property
+    def manifest_path(self) -> Path:
+        return self.directory / f"{self.stage}.json"
+
+    def manifest(self) -> dict[str, Any] | None:
+        """The stored manifest, or None where the stage was not finished.
+
+        Raises:
+            UserError: unreadable, or made with other settings (the fields that differ are named).
+        """
+        try:
+            manifest = json.loads(self.manifest_path.read_text())
+            stored = manifest["settings"]
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.manifest_path} is not readable ({error}); {_REDO}") from None
+        differing = [
+            f"{key} (stored {stored.get(key)}, now {value})"
+            for key, value in self.settings.items()
+            if stored.get(key) != value
+        ]
+        if differing:
+            raise UserError(
+                f"{self.manifest_path} was made with other settings: {'; '.join(differing)}; {_REDO}, or choose "
+                "another --output_dir"
+            )
+        return manifest
+
+    def load(self, names: Collection[str] | None = None) -> dict[str, Tensors] | None:
+        """{file stem: {name: tensor}}, all tensors or those named; None where the stage was not finished.
+
+        Raises:
+            UserError: as `manifest`, or a file that is missing, truncated or altered (named).
+        """
+        manifest = self.manifest()
+        if manifest is None:
+            return None
+        return {
+            Path(file).stem: _read_checked(self.directory / file, entry["sha256"], names)
+            for file, entry in manifest["files"].items()
+        }
+
+    def save(self, files: Mapping[str, Tensors], counts: Mapping[str, Any] | None = None) -> None:
+        """Write the files, then the manifest, then drop the progress."""
+        entries = {}
+        for stem, tensors in files.items():
+            path = self.directory / f"{stem}.safetensors"
+            write_tensors(path, tensors)
+            entries[path.name] = {"sha256": file_checksum(path), "bytes": path.stat().st_size}
+        write_json(
+            self.manifest_path,
+            {
+                "stage": self.stage,
+                "settings": self.settings,
+                "counts": dict(counts or {}),
+                "files": entries,
+                "versions": {name: version(name) for name in ("torch", "transformers", "safetensors")}
+                | {"python": platform.python_version()},
+            },
+        )
+        for path in self.directory.glob(f"{self.stage}.progress.*"):
+            path.unlink()
+
+    def checksum(self) -> str:
+        """One checksum over the files of a finished stage: what a later stage says it was made from."""
+        entries = json.loads(self.manifest_path.read_text())["files"]
+        return _digest(entries[name]["sha256"].encode() for name in sorted(entries))
+
+    def discard(self) -> None:
+        """Forget a stored result: the manifest first, so that nothing half-removed is ever taken for whole."""
+        try:
+            names = list(json.loads(self.manifest_path.read_text())["files"])
+        except (OSError, ValueError, KeyError, TypeError):
+            names = []
+        paths = [self.manifest_path, *(self.directory / Path(name).name for name in names)]
+        for path in [*paths, *self.directory.glob(f"{self.stage}.progress.*")]:
+            path.unlink(missing_ok=True)
+
+    def save_progress(self, partition: Mapping[str, Any], step: int, tensors: Tensors) -> None:
+        """Keep what a killed run needs to go on: partial results after `step` steps of this partition of the work."""
+        record = json.dumps({"settings": self.settings, "partition": dict(partition), "step": step}, sort_keys=True)
+        write_tensors(self._progress_path(partition), tensors, {"progress": record})
+
+    def load_progress(self, partition: Mapping[str, Any]) -> tuple[int, Tensors] | None:
+        """(step, tensors), or None where there is none for these settings and this partition of the work."""
+        path = self._progress_path(partition)
+        try:
+            with safe_open(path, "pt") as file:
+                record = json.loads(file.metadata()["progress"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (OSError, SafetensorError):
+            return None
+        expected = json.loads(json.dumps({"settings": self.settings, "partition": dict(partition)}))
+        if {key: record[key] for key in expected} != expected:
+            return None
+        return record["step"], tensors
+
+    def _progress_path(self, partition: Mapping[str, Any]) -> Path:
+        return self.directory / f"{self.stage}.progress.{partition.get('rank', 0)}.safetensors"
+
+
+_REDO = "use --overwrite to compute it again"
+
+
+def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> None:
+    """Write a .safetensors file, whole or not at all."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    _write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    _write_whole(path, lambda temporary: Path(temporary).write_text(text))
+
+
+def _write_whole(path: Path, write) -> None:
+    """Temporary file, fsync, rename: a reader meets the old file or the new one, never a part."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(descriptor)
+        try:
+            write(temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error.strerror or error}") from None
+
+
+def require_writable(directory: Path) -> None:
+    """Make the directory and prove that files can be written there; raises UserError otherwise."""
+    probe = Path(directory) / ".writable"
+    _write_whole(probe, lambda temporary: None)
+    probe.unlink()
+
+
+def file_checksum(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_checked(path: Path, sha256: str, names: Collection[str] | None) -> Tensors:
+    try:
+        if file_checksum(path) == sha256:
+            with safe_open(path, "pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys() if names is None or name in names}
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}; {_REDO}") from None
+    raise UserError(f"{path} is truncated or altered (its checksum is not the one recorded); {_REDO}")
+
+
+def _digest(chunks) -> str:
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.hexdigest()[:16]
+
+
+def _tensor_bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """A digest of all parameters and buffers, names and values."""
+    return _digest(
+        part for name, tensor in model.state_dict().items() for part in (name.encode(), _tensor_bytes(tensor))
+    )
+
+
+def dataset_fingerprint(dataset: Sequence[Any]) -> str:
+    """A digest of all examples in order; an example is a tensor, or a mapping or sequence of plain values."""
+
+    def parts(value):
+        if isinstance(value, Tensor):
+            yield f"{value.dtype}{tuple(value.shape)}".encode()
+            yield _tensor_bytes(value)
+        elif isinstance(value, Mapping):
+            for key in sorted(value):
+                yield key.encode()
+                yield from parts(value[key])
+        else:
+            yield repr(value).encode()
+
+    return _digest(part for index in range(len(dataset)) for part in parts(dataset[index]))

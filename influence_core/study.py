@@ -1,0 +1,143 @@
+"""One study: a model, its training set, and the directory where its factors and scores lie."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from influence_core.batches import iterate_batches
+from influence_core.errors import UserError
+from influence_core.labels import LabelSampler
+from influence_core.layers import TrackedLayer, find_tracked_layers
+from influence_core.passes import Captured, GradientPass, LossFunction
+from influence_core.profiler import Profiler
+from influence_core.runtime import Runtime
+from influence_core.storage import StageStore, dataset_fingerprint, model_fingerprint
+from influence_core.task import EXAMPLE_INDEX, Batch, InfluenceTask
+
+
+@dataclass
+class Study:
+    """What every stage needs to know.
+
+    Args:
+        model: on the runtime's device, with the weights that are studied.
+        train_dataset: z_1 … z_N, a sequence of examples as the task's `collate` takes them.
+        use_empirical_fisher: factors from the data's own labels instead of sampled ones.
+        overwrite: compute stages again although finished results are stored.
+        progress_interval: seconds between two notes of progress, from which a killed stage goes on.
+    """
+
+    task: InfluenceTask
+    model: nn.Module
+    train_dataset: Sequence[Any]
+    output_dir: Path
+    runtime: Runtime = field(default_factory=Runtime)
+    use_empirical_fisher: bool = False
+    overwrite: bool = False
+    progress_interval: float = 60.0
+
+    def __post_init__(self):
+        self.output_dir = Path(self.output_dir)
+        self.profiler = Profiler(self.runtime)
+
+    @cached_property
+    def layers(self) -> list[TrackedLayer]:
+        return find_tracked_layers(self.model, self.task.tracked_layer_names(self.model))
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What determines any number that this study stores."""
+        return {
+            "model": model_fingerprint(self.model),
+            "train_dataset": dataset_fingerprint(self.train_dataset),
+            "num_train": len(self.train_dataset),
+            "tracked_layers": [layer.name for layer in self.layers],
+            "dtype": self.runtime.precision.name,
+        }
+
+    def factor_store(self, name: str, stage: str, **settings) -> StageStore:
+        """Where a factor stage lies; `settings` are those beyond the study's own."""
+        fisher = {"fisher": "empirical"} if self.use_empirical_fisher else {"fisher": "true", "seed": self.runtime.seed}
+        return StageStore(self.output_dir / f"factors_{name}", stage, {**self.settings, **fisher, **settings})
+
+    def score_store(self, name: str, **settings) -> StageStore:
+        """Where pairwise scores lie."""
+        return StageStore(self.output_dir / f"scores_{name}", "pairwise_scores", {**self.settings, **settings})
+
+    def fisher_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The loss whose gradients make the Fisher: labels sampled, or the data's own."""
+        sampler = None if self.use_empirical_fisher else LabelSampler(self.runtime.seed)
+        return self.task.train_loss(model, batch, sampler)
+
+    def gradient_pass(self, loss_function: LossFunction, layers: list[TrackedLayer] | None = None) -> GradientPass:
+        """The engine, set up for this study; by default over all tracked layers."""
+        layers = self.layers if layers is None else layers
+        precision, compile = self.runtime.precision, self.runtime.compile
+        return GradientPass(self.model, layers, loss_function, self.task.position_mask, precision, compile)
+
+    def captures(
+        self, run: GradientPass, dataset: Sequence[Any], batches: list[list[int]], what: str
+    ) -> Iterator[tuple[Batch, dict[str, Captured]]]:
+        """Run the batches; each loss is checked.
+
+        Raises:
+            UserError: the loss of a batch is NaN or infinite.
+        """
+        pending = []
+        for batch in iterate_batches(self.task, dataset, batches, self.runtime):
+            loss, captured = run(batch)
+            pending.append((loss, batch[EXAMPLE_INDEX]))
+            # Reading a loss waits for the device, so on a GPU they are read in bunches.
+            if self.runtime.device.type == "cpu" or len(pending) == 32:
+                _check_finite(pending, what)
+            yield batch, captured
+        _check_finite(pending, what)
+
+    @contextmanager
+    def stage(self, store: StageStore):
+        """Run a stage unless its result is stored already; tells which: `with study.stage(store) as todo: if todo:`.
+
+        Every process leaves together, so that the next stage finds the files.
+        """
+        if self.overwrite and self.runtime.is_main:
+            store.discard()
+        self.runtime.barrier()
+        todo = store.manifest() is None
+        if not todo:
+            self.runtime.print(f"Found finished {store.manifest_path}")
+        self.runtime.barrier()
+        yield todo
+        self.runtime.barrier()
+
+    def progress_clock(self) -> "ProgressClock":
+        return ProgressClock(self.progress_interval)
+
+
+class ProgressClock:
+    """Says when it is time to note progress again."""
+
+    def __init__(self, interval: float):
+        self.interval, self.last = interval, time.monotonic()
+
+    def is_due(self) -> bool:
+        due = time.monotonic() - self.last >= self.interval
+        if due:
+            self.last = time.monotonic()
+        return due
+
+
+def _check_finite(pending: list[tuple[Tensor, Tensor]], what: str) -> None:
+    for loss, examples in pending:
+        if not loss.isfinite():
+            first, last = int(examples[0]), int(examples[-1])
+            raise UserError(
+                f"the {what} of the batch of examples {first} to {last} is {float(loss)}: look at these examples and "
+                "at the checkpoint (a diverged training run?)"
+            )
+    pending.clear()

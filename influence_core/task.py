@@ -1,0 +1,73 @@
+"""What an example must say of itself: the contract between a task and the influence engine.
+
+Symbols (Grosse et al. 2023, arXiv:2308.03296; TRAK, arXiv:2303.14186):
+
+    L(z; theta)   train_loss     summed over positions and examples
+    f(z; theta)   measurement    summed over examples, lower is better
+    z             an example; one row of a batch unless the task says otherwise
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from influence_core.labels import LabelSampler
+
+Batch = dict[str, Tensor]
+
+EXAMPLE_INDEX = "example_index"  # batch[EXAMPLE_INDEX]: [examples] int64, the index of each example in its dataset
+
+
+class InfluenceTask(ABC):
+    """All that is particular to one model, dataset and question; everything else is shared."""
+
+    @abstractmethod
+    def load_model(self, checkpoint_dir: str | None) -> nn.Module:
+        """The model in float32; from the checkpoint, or the initial one (to train) where it is None."""
+
+    @abstractmethod
+    def load_dataset(self, split: str, indices: Sequence[int] | None = None) -> Sequence[Any]:
+        """The examples of "train" or "validation", all of them or those at `indices`."""
+
+    @abstractmethod
+    def collate(self, examples: Sequence[Any]) -> Batch:
+        """One batch of tensors on the CPU, the first axis of each counting examples (or rows of examples)."""
+
+    @abstractmethod
+    def train_loss(self, model: nn.Module, batch: Batch, sample_labels: LabelSampler | None = None) -> Tensor:
+        """L: the training loss, summed over positions and examples, a scalar.
+
+        With `sample_labels` the labels are drawn from the model's own distribution (the true Fisher), one for
+        each position that carries loss; without, they are the data's own.
+        """
+
+    @abstractmethod
+    def measurement(self, model: nn.Module, batch: Batch) -> Tensor:
+        """f: what is asked about a query, summed over examples, lower is better, a scalar."""
+
+    @abstractmethod
+    def tracked_layer_names(self, model: nn.Module) -> list[str]:
+        """Names (as in model.named_modules()) of the layers whose parameters the influence is taken over."""
+
+    def position_mask(self, batch: Batch, layer_name: str) -> Tensor | None:
+        """[rows, positions] of the layer's own input stream, true at real positions; None: all are real."""
+        return None
+
+    def post_process_per_sample_gradient(self, layer_name: str, gradient: Tensor) -> Tensor:
+        """[rows, out, in(+1)] -> [examples, out, in(+1)], for tasks where several rows make one example."""
+        return gradient
+
+    @abstractmethod
+    def describe(self, example: Any) -> str:
+        """The example as text, for a person to read."""
+
+    def topic(self, example: Any) -> str | None:
+        """A group that the example is known to belong to, if any: lets analyze.py report topic retrieval."""
+        return None
+
+    @property
+    def post_processes(self) -> bool:
+        """Whether the task overrides post_process_per_sample_gradient."""
+        return type(self).post_process_per_sample_gradient is not InfluenceTask.post_process_per_sample_gradient
