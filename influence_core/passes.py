@@ -127,7 +127,8 @@ class GradientPass:
             return tensor
 
         with FlopCounterMode(display=False) as counter, torch.enable_grad():
-            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            autocast = self.precision.autocast(next(self.model.parameters()).device)
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast:
                 loss = self.loss_function(self.model, batch)
             forward_flops = counter.get_total_flops()
             kept = [x for calls in (*self.inputs.values(), *self.outputs.values()) for x in calls]

@@ -11,6 +11,7 @@ is what matrix units compute. It saves no time there; it shows what half precisi
 """
 
 import contextlib
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -50,11 +51,16 @@ class Precision:
         """The dtype that `operand` returns."""
         return torch.float32 if self.emulated else self.operand_dtype
 
+    @contextlib.contextmanager
     def autocast(self, device: torch.device):
-        """The context for the model's forward pass."""
-        if self.is_half and not self.emulated:
-            return torch.autocast(device.type, self.operand_dtype)
-        return contextlib.nullcontext()
+        """The context for the model's forward pass; inside, `active_precision` is this one."""
+        native = self.is_half and not self.emulated
+        token = _ACTIVE.set(self)
+        try:
+            with torch.autocast(device.type, self.operand_dtype) if native else contextlib.nullcontext():
+                yield
+        finally:
+            _ACTIVE.reset(token)
 
     def operand(self, x: Tensor) -> Tensor:
         """x as it enters a product."""
@@ -75,6 +81,17 @@ class Precision:
             total.addmm_(a, b)
         else:
             total += self.matmul(a, b)
+
+
+_ACTIVE: ContextVar[Precision | None] = ContextVar("active_precision", default=None)
+
+
+def active_precision(x: Tensor) -> Precision:
+    """The precision for products of x: that of the surrounding `autocast` (this module's or torch's), or x's own."""
+    own = Precision(x.dtype, torch.promote_types(x.dtype, torch.float32))
+    if _ACTIVE.get() is None and torch.is_autocast_enabled(x.device.type):
+        return Precision(torch.get_autocast_dtype(x.device.type), own.sum_dtype)
+    return _ACTIVE.get() or own
 
 
 def _cpu_multiplies_bfloat16() -> bool:

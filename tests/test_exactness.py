@@ -124,10 +124,10 @@ def test_several_strategies_from_one_pass_equal_each_alone(tmp_path):
         assert relative_error(together[name], alone[name]) < 1e-12
 
 
-KINDS = (
-    "activation_covariance gradient_covariance activation_eigenvalues gradient_eigenvalues "
-    "activation_eigenvectors gradient_eigenvectors lambda_matrix"
-).split()
+KINDS = [
+    f"{kind}_{part}" for kind in ("activation", "gradient") for part in ("covariance", "eigenvalues", "eigenvectors")
+]
+KINDS.append("lambda_matrix")
 
 
 def load(directory, kind):

@@ -1,0 +1,118 @@
+"""analyze.py of every example: factors, pairwise scores, the stage table, and the most influential sequences."""
+
+import textwrap
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from influence_core.analysis import analyze
+from influence_core.errors import UserError
+from influence_core.experiments.arguments import check_size, parse, run_script
+from influence_core.experiments.example import ExampleTask
+from influence_core.runtime import Runtime
+from influence_core.study import Study
+
+TOP = 5  # sequences that the topic figure looks at
+SHOWN_CHARACTERS = 1200  # of a sequence
+
+
+def main(task_class: type[ExampleTask], description: str, argv: list[str] | None = None) -> None:
+    """Fit factors, compute pairwise scores and show what they say."""
+    run_script(lambda: _analyze(task_class, parse(task_class, "analyze", description, argv)))
+
+
+def _analyze(task_class: type[ExampleTask], arguments) -> None:
+    checkpoint_dir = Path(arguments.checkpoint_dir)
+    if not (checkpoint_dir / "config.json").exists():
+        raise UserError(
+            f"no checkpoint in {checkpoint_dir}: make one with `python {task_class.name}/train.py "
+            f"--checkpoint_dir {checkpoint_dir}`, or name another with --checkpoint_dir"
+        )
+    runtime = Runtime.start(arguments.use_ddp, arguments.use_half_precision, arguments.use_compile, arguments.seed)
+    try:
+        task = task_class(**arguments.task)
+        model = task.load_model(str(checkpoint_dir)).to(runtime.device)
+        num_train = check_size(arguments, "num_train", len(task.load_dataset("train")), "training set")
+        num_queries = check_size(arguments, "num_queries", len(task.load_dataset("validation")), "validation set")
+        train_dataset = task.load_dataset("train", range(num_train))
+        query_dataset = task.load_dataset("validation", range(num_queries))
+        study = Study(
+            task,
+            model,
+            train_dataset,
+            Path(arguments.output_dir),
+            runtime,
+            use_empirical_fisher=bool(arguments.use_empirical_fisher),
+            overwrite=bool(arguments.overwrite),
+        )
+        scores = analyze(
+            study,
+            arguments.factor_strategy,
+            query_dataset,
+            damping=arguments.damping_factor,
+            query_batch_size=check_size(arguments, "query_batch_size", num_queries, "queries"),
+            train_batch_size=check_size(arguments, "train_batch_size", num_train, "training set"),
+            factor_batch_size=check_size(arguments, "factor_batch_size", num_train, "training set"),
+            memory_budget=None if arguments.memory_budget_gb is None else int(arguments.memory_budget_gb * 1e9),
+        )
+        runtime.print(f"\n{study.profiler.table()}\n")
+        runtime.print(f"Peak memory {runtime.peak_memory() / 1e9:.2f} GB\n")
+        if runtime.is_main:
+            _report(task, study, scores, query_dataset, arguments.show_queries)
+    finally:
+        runtime.stop()
+
+
+def _report(task, study, scores: dict[str, Tensor], query_dataset, show_queries: int) -> None:
+    shown = next(iter(scores))
+    for index in range(min(show_queries, len(query_dataset))):
+        print(describe_query(task, scores[shown], query_dataset, study.train_dataset, index, shown))
+    if len(query_dataset) and task.topic(query_dataset[0]) is not None:
+        print(describe_topics(task, scores, query_dataset, study.train_dataset))
+    for name, matrix in scores.items():
+        path = study.score_store(f"{name}{'_half' if study.runtime.precision.is_half else ''}").directory
+        print(
+            f"Scores ({name}): {tuple(matrix.shape)} [queries, training examples] in {path}/pairwise_scores.safetensors"
+        )
+
+
+def describe_query(task, scores: Tensor, query_dataset, train_dataset, index: int, strategy: str) -> str:
+    """A query and its most influential training example, as text."""
+    score, best = scores[index].max(0)
+    query, train = query_dataset[index], train_dataset[int(best)]
+    parts = [f"Query {index}{_in_topic(task, query)}", _indent(task.describe(query))]
+    parts += [
+        f"  Most influential training sequence ({strategy}): {int(best)}{_in_topic(task, train)}, score {score:.4g}",
+        _indent(task.describe(train)),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _in_topic(task, example) -> str:
+    topic = task.topic(example)
+    return f" (topic: {topic})" if topic is not None else ""
+
+
+def _indent(text: str) -> str:
+    if len(text) > SHOWN_CHARACTERS:
+        text = text[:SHOWN_CHARACTERS] + " […]"
+    lines = (textwrap.wrap(line, 112, drop_whitespace=False) or [""] for line in text.splitlines())
+    return "\n".join(f"  | {part}" for wrapped in lines for part in wrapped)
+
+
+def describe_topics(task, scores: dict[str, Tensor], query_dataset, train_dataset) -> str:
+    """How often a query's top sequences are of its own topic, beside chance."""
+    train_topics = [task.topic(example) for example in train_dataset]
+    same = torch.tensor(
+        [[topic == task.topic(query) for topic in train_topics] for query in query_dataset], dtype=torch.float64
+    )
+    shares = {
+        name: float(same.gather(1, matrix.topk(min(TOP, len(train_topics))).indices).mean())
+        for name, matrix in scores.items()
+    }
+    found = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+    return (
+        f"Of the {TOP} most influential sequences of a query, so many are of the query's own topic: {found} "
+        f"(chance {float(same.mean()):.1%}; {len(query_dataset)} queries)\n"
+    )

@@ -1,0 +1,189 @@
+"""The flags that the scripts share, their presets, and what may be said with them.
+
+A flag's value is, in this order: what was given on the command line; for the task's own flags, what the checkpoint was
+trained with; the preset's default; the default of all examples.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from influence_core.errors import UserError
+from influence_core.experiments.example import ExampleTask
+from influence_core.factors.strategies import HEURISTIC, STRATEGIES
+
+TRAINING_RECORD = "training.json"  # in a checkpoint: the flags that made it
+
+COMMON_DEFAULTS = {
+    "preset": "full",
+    "checkpoint_dir": "./checkpoints",
+    "output_dir": "./influence_results",
+    "seed": 1004,
+    "train_batch_size.train": 32,
+    "eval_batch_size": 32,
+    "learning_rate": 1e-4,
+    "weight_decay": 0.0,
+    "num_train_epochs": 3,
+    "factor_strategy": ["ekfac"],
+    "damping_factor": 1e-8,
+    "query_batch_size": 32,
+    "train_batch_size.analyze": 64,
+    "factor_batch_size": 64,
+    "show_queries": 1,
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} ({self.prog} --help lists the flags)")
+
+
+def run_script(script: Callable[[], None]) -> None:
+    """Run a script's main function; bad input ends it with one line and exit code 2."""
+    try:
+        script()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; finished stages are stored, and the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+
+
+def parse(task_class: type[ExampleTask], script: str, description: str, argv: list[str] | None) -> argparse.Namespace:
+    """The flags of one script ("train" or "analyze"), complete; `args.task` holds the task's own, by name.
+
+    Raises:
+        UserError: unknown flags or values; counts that are not positive.
+    """
+    parser = _Parser(
+        prog=f"{script}.py",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    task_flags = _add_task_arguments(parser, task_class)
+    _add_shared_arguments(parser)
+    {"train": _add_train_arguments, "analyze": _add_analyze_arguments}[script](parser)
+    _describe_defaults(parser, task_class, script)
+    given = vars(parser.parse_args(argv))
+
+    presets = task_class.presets
+    preset = given.get("preset", COMMON_DEFAULTS["preset"])
+    if preset not in presets:
+        raise UserError(f"unknown --preset {preset!r}: choose from {', '.join(presets)}")
+    values = _defaults(COMMON_DEFAULTS, script) | _defaults(presets[preset], script)
+    values["preset"] = preset
+    if script != "train":
+        record = read_training_record(given.get("checkpoint_dir", values["checkpoint_dir"]))
+        values |= {flag: record[flag] for flag in task_flags if flag in record}
+    values |= given
+    arguments = argparse.Namespace(**{action.dest: None for action in parser._actions if action.dest != "help"})
+    vars(arguments).update({key: value for key, value in values.items() if hasattr(arguments, key)})
+    arguments.given = set(given)
+    _check_values(arguments)
+    arguments.task = {flag: getattr(arguments, flag) for flag in task_flags}
+    for flag, value in arguments.task.items():  # so that a checkpoint's record means the same from any directory
+        if flag.endswith("_or_path") and value is not None and Path(value).is_dir():
+            arguments.task[flag] = str(Path(value).resolve())
+    return arguments
+
+
+def read_training_record(checkpoint_dir: str) -> dict:
+    """What train.py noted in the checkpoint; empty for a checkpoint made elsewhere."""
+    try:
+        return json.loads((Path(checkpoint_dir) / TRAINING_RECORD).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def check_size(arguments: argparse.Namespace, flag: str, size: int, of: str) -> int:
+    """The flag's value, which may not exceed the data if it was given by hand; clipped to it otherwise."""
+    value = getattr(arguments, flag)
+    if value is None:
+        return size
+    if value > size and flag in arguments.given:
+        raise UserError(f"--{flag} {value} is larger than the {of}, which has {size}")
+    return min(value, size)
+
+
+def _defaults(defaults: dict, script: str) -> dict:
+    """Those of the script: "flag" and "flag.script"."""
+    plain = {flag: value for flag, value in defaults.items() if "." not in flag}
+    own = {flag.split(".")[0]: value for flag, value in defaults.items() if flag.endswith(f".{script}")}
+    return plain | own
+
+
+def _add_task_arguments(parser: argparse.ArgumentParser, task_class: type[ExampleTask]) -> list[str]:
+    before = len(parser._actions)
+    task_class.add_arguments(parser)
+    return [action.dest for action in parser._actions[before:]]
+
+
+def _add_shared_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", help="full or demo: sets defaults only, any flag overrides it")
+    parser.add_argument("--checkpoint_dir", help="where train.py leaves the model and analyze.py finds it")
+    parser.add_argument("--num_train", type=int, help="use the first so many training examples (default: all)")
+    parser.add_argument("--seed", type=int, help="of everything random")
+    parser.add_argument("--use_half_precision", action="store_true", help="bfloat16 model and products, float32 sums")
+    parser.add_argument("--overwrite", action="store_true", help="compute and store again what is stored already")
+    parser.add_argument("--train_batch_size", type=int, help="training examples in one pass")
+
+
+def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--eval_batch_size", type=int, help="examples in one pass of evaluation")
+    parser.add_argument("--learning_rate", type=float, help="of AdamW, fixed")
+    parser.add_argument("--weight_decay", type=float, help="of AdamW")
+    parser.add_argument("--num_train_epochs", type=int, help="passes over the training set")
+
+
+def _add_analyze_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output_dir", help="where factors and scores lie")
+    parser.add_argument("--factor_strategy", nargs="+", help=f"one or more of {', '.join(STRATEGIES)}; several share "
+                        "the pass over the training set")  # fmt: skip
+    parser.add_argument("--damping_factor", type=_damping, help=f"an absolute number, or {HEURISTIC}: 0.1 x the "
+                        "layer's mean eigenvalue")  # fmt: skip
+    parser.add_argument("--use_empirical_fisher", action="store_true", help="factors from the data's own labels")
+    parser.add_argument("--query_batch_size", type=int, help="queries in one forward and backward pass")
+    parser.add_argument("--factor_batch_size", type=int, help="training examples in one pass when fitting factors")
+    parser.add_argument("--num_queries", type=int, help="use the first so many validation examples (default: all)")
+    parser.add_argument("--memory_budget_gb", type=float, help="memory to use at most (default: what is free)")
+    parser.add_argument("--use_compile", action="store_true", help="torch.compile the forward and backward pass")
+    parser.add_argument("--use_ddp", action="store_true", help="several processes; launch with torchrun")
+    parser.add_argument("--show_queries", type=int, help="show so many queries with their most influential sequence")
+
+
+def _damping(text: str) -> float | str:
+    return text if text == HEURISTIC else float(text)
+
+
+def _describe_defaults(parser: argparse.ArgumentParser, task_class: type[ExampleTask], script: str) -> None:
+    """Put the presets' defaults into the help."""
+    by_preset = {
+        name: _defaults(COMMON_DEFAULTS, script) | _defaults(preset, script)
+        for name, preset in task_class.presets.items()
+    }
+    for action in parser._actions:
+        values = {name: defaults.get(action.dest) for name, defaults in by_preset.items()}
+        if action.dest != "help" and any(value is not None for value in values.values()):
+            shown = {name: " ".join(value) if isinstance(value, list) else value for name, value in values.items()}
+            same = len(set(map(str, shown.values()))) == 1
+            text = (
+                next(iter(shown.values())) if same else ", ".join(f"{name}: {value}" for name, value in shown.items())
+            )
+            action.help = f"{action.help} [{str(text).replace('%', '%%')}]"
+
+
+def _check_values(arguments: argparse.Namespace) -> None:
+    at_least_zero = {"weight_decay", "show_queries", "num_train_epochs"}
+    for flag, value in vars(arguments).items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or flag == "seed":
+            continue
+        if not (value >= 0 if flag in at_least_zero else value > 0):
+            raise UserError(f"--{flag} must be {'at least 0' if flag in at_least_zero else 'positive'}, not {value}")
+    unknown = [name for name in getattr(arguments, "factor_strategy", None) or [] if name not in STRATEGIES]
+    if unknown:
+        raise UserError(f"unknown factor strategy {unknown[0]!r}: choose from {', '.join(STRATEGIES)}")

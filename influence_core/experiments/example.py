@@ -1,0 +1,84 @@
+"""What the scripts of an example need beyond the influence contract: flags, presets, training and evaluation."""
+
+import argparse
+from abc import abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from influence_core.errors import UserError
+from influence_core.task import EXAMPLE_INDEX, Batch, InfluenceTask
+
+
+class ExampleTask(InfluenceTask):
+    """A task that the four scripts can run. Its constructor takes the flags that `add_arguments` adds, by name."""
+
+    name: ClassVar[str]  # folder of the example
+    presets: ClassVar[dict[str, dict[str, Any]]]  # {"full": {flag: default}, "demo": …}; flags of any script
+    tokenizer: Any  # loaded with the model
+
+    @staticmethod
+    @abstractmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Add the task's own flags: model, data and their sizes."""
+
+    def training_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The mean loss that training minimises; by default what the model computes from the batch."""
+        return model(**{key: value for key, value in batch.items() if key != EXAMPLE_INDEX}).loss
+
+    @abstractmethod
+    def evaluation_sums(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Float64 scalars that are summed over batches and processes."""
+
+    @abstractmethod
+    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        """What is reported of a split, from the sums: {"perplexity": …}."""
+
+
+def load_from(source: str, flag: str, load: Callable[[], Any]) -> Any:
+    """Load a model, tokenizer or dataset from a local directory or the Hub; UserError with advice otherwise."""
+    try:
+        return load()
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if Path(source).is_dir():
+            raise UserError(f"can't load {flag} {source}: {reason}") from None
+        raise UserError(
+            f"can't load {flag} {source}: it is no local directory, and it could not be had from the Hub (no network, "
+            f"or no such name): give a local directory with {flag}"
+        ) from None
+
+
+def parse_overrides(text: str) -> dict[str, Any]:
+    """ "n_layer=4,n_embd=256" -> {"n_layer": 4, "n_embd": 256}; raises UserError for anything else."""
+    overrides = {}
+    for part in filter(None, text.split(",")):
+        key, separator, value = part.partition("=")
+        if not separator or not key.strip():
+            raise UserError(f"--config_overrides takes key=value,key=value, not {part!r}")
+        overrides[key.strip()] = _number(value.strip())
+    return overrides
+
+
+def _number(text: str) -> Any:
+    if text in ("True", "False"):
+        return text == "True"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def take(examples: list, indices) -> list:
+    """The examples at `indices`, or all."""
+    return examples if indices is None else [examples[index] for index in indices]
+
+
+def float64(value: Tensor | float) -> Tensor:
+    """A float64 scalar, for evaluation sums."""
+    return torch.as_tensor(value, dtype=torch.float64).detach()

@@ -1,0 +1,129 @@
+"""train.py of every example: AdamW at a fixed rate, on whatever accelerate finds, one process or many."""
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from influence_core.errors import UserError
+from influence_core.experiments.arguments import TRAINING_RECORD, check_size, parse, read_training_record, run_script
+from influence_core.experiments.example import ExampleTask
+from influence_core.storage import require_writable, write_json
+
+RECORDED = ("seed", "num_train", "train_batch_size", "learning_rate", "weight_decay", "num_train_epochs")
+
+
+def main(task_class: type[ExampleTask], description: str, argv: list[str] | None = None) -> None:
+    """Train the example's model and leave a checkpoint."""
+    run_script(lambda: _train(task_class, parse(task_class, "train", description, argv)))
+
+
+def _train(task_class: type[ExampleTask], arguments) -> None:
+    checkpoint_dir = Path(arguments.checkpoint_dir)
+    record = arguments.task | {flag: getattr(arguments, flag) for flag in RECORDED}
+    if not arguments.overwrite and _is_finished(checkpoint_dir, record):
+        print(f"Found finished {checkpoint_dir}, trained with the same flags; --overwrite trains again")
+        return
+    accelerator = Accelerator(mixed_precision="bf16" if arguments.use_half_precision else "no")
+    if accelerator.is_main_process:
+        require_writable(checkpoint_dir)
+    set_seed(arguments.seed)
+    task = task_class(**arguments.task)
+    model = task.load_model(None)
+    splits = {split: task.load_dataset(split) for split in ("train", "validation")}
+    num_train = check_size(arguments, "num_train", len(splits["train"]), "training set")
+    splits["train"] = task.load_dataset("train", range(num_train))
+    check_size(arguments, "train_batch_size", num_train, "training set")
+    accelerator.print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters; {num_train} training and "
+        f"{len(splits['validation'])} validation examples; {accelerator.num_processes} x {accelerator.device}"
+    )
+    model = fit(task, model, splits["train"], arguments, accelerator)
+    for split, dataset in splits.items():
+        metrics = evaluate(task, model, dataset, arguments.eval_batch_size, accelerator)
+        accelerator.print(f"{split:<10} " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    if accelerator.is_main_process:
+        _save(checkpoint_dir, accelerator.unwrap_model(model), task.tokenizer, record)
+        print(f"Checkpoint: {checkpoint_dir}")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def fit(task: ExampleTask, model, dataset, arguments, accelerator: Accelerator):
+    """Train the model; returns it as accelerate wrapped it.
+
+    Raises:
+        UserError: the loss is NaN or infinite.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
+    generator = torch.Generator().manual_seed(arguments.seed)
+    loader = DataLoader(dataset, arguments.train_batch_size, shuffle=True, generator=generator, collate_fn=task.collate)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    model.train()
+    total = arguments.num_train_epochs * len(loader)
+    with tqdm(total=total, desc="Train", unit="step", disable=not accelerator.is_main_process) as bar:
+        for epoch in range(arguments.num_train_epochs):
+            for step, batch in enumerate(loader):
+                with accelerator.autocast():
+                    loss = task.training_loss(model, batch)
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+                bar.update()
+                if bar.n % 10 == 0 or bar.n == total:  # not at every step: reading the loss waits for the device
+                    value = loss.item()
+                    if not math.isfinite(value):
+                        raise UserError(
+                            f"the training loss is {value} by batch {step} of epoch {epoch}: lower --learning_rate"
+                        )
+                    bar.set_postfix(loss=f"{value:.3f}")
+    return model
+
+
+@torch.no_grad()
+def evaluate(task: ExampleTask, model, dataset, batch_size: int, accelerator: Accelerator) -> dict[str, float]:
+    """The task's metrics over a dataset, each example once however many processes there are."""
+    model = accelerator.unwrap_model(model).eval()
+    share = range(accelerator.process_index, len(dataset), accelerator.num_processes)
+    loader = DataLoader([dataset[index] for index in share] or [dataset[0]], batch_size, collate_fn=task.collate)
+    sums: dict[str, torch.Tensor] = {}
+    for batch in tqdm(loader, desc="Evaluate", leave=False, disable=not accelerator.is_main_process):
+        batch = {key: value.to(accelerator.device) for key, value in batch.items()}
+        for name, value in task.evaluation_sums(model, batch).items():
+            sums[name] = sums.get(name, 0) + value * bool(share)
+    return task.metrics({name: accelerator.reduce(value).item() for name, value in sums.items()})
+
+
+def _is_finished(checkpoint_dir: Path, record: dict) -> bool:
+    stored = read_training_record(checkpoint_dir)
+    if not stored:
+        if (checkpoint_dir / "config.json").exists():
+            raise UserError(f"{checkpoint_dir} holds a model made elsewhere: choose another --checkpoint_dir")
+        return False
+    record = json.loads(json.dumps(record))
+    differing = [
+        f"{key} (stored {stored.get(key)}, now {value})" for key, value in record.items() if stored.get(key) != value
+    ]
+    if differing:
+        raise UserError(
+            f"{checkpoint_dir} was trained with other flags: {'; '.join(differing)}; use --overwrite to train again, "
+            "or choose another --checkpoint_dir"
+        )
+    return True
+
+
+def _save(checkpoint_dir: Path, model, tokenizer, record: dict) -> None:
+    """Write the checkpoint beside its place, then move it there: it is whole or absent."""
+    temporary = checkpoint_dir.with_name(f".{checkpoint_dir.name}.{os.getpid()}")
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    write_json(temporary / TRAINING_RECORD, record)
+    shutil.rmtree(checkpoint_dir)
+    os.replace(temporary, checkpoint_dir)

@@ -1,0 +1,119 @@
+"""kronfluence 1.0.1 on the WikiText task, set up as its own example does: the peer that the benchmarks compare with."""
+
+import copy
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from kronfluence.analyzer import Analyzer, prepare_model
+from kronfluence.arguments import FactorArguments, ScoreArguments
+from kronfluence.task import Task
+from kronfluence.utils.common.factor_arguments import all_low_precision_factor_arguments
+from kronfluence.utils.common.score_arguments import all_low_precision_score_arguments
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+STAGES = {
+    "Fit Covariance": "fit_covariance_matrices",
+    "Perform Eigendecomposition": "perform_eigendecomposition",
+    "Fit Lambda": "fit_lambda_matrices",
+}
+
+
+def with_linear_layers(model: nn.Module) -> nn.Module:
+    """A copy with nn.Linear in place of Conv1D, which kronfluence does not track."""
+    model = copy.deepcopy(model)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, Conv1D):
+                linear = nn.Linear(*child.weight.shape)
+                linear.weight.data, linear.bias.data = child.weight.data.t().contiguous(), child.bias.data
+                setattr(module, name, linear)
+    return model
+
+
+class PeerTask(Task):
+    """The language-model task of kronfluence's WikiText example; labels sampled online, or read from the batch."""
+
+    def __init__(self, layer_names: list[str]):
+        self.layer_names, self.online = layer_names, True
+
+    def compute_train_loss(self, batch, model, sample=False):
+        logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
+        logits = logits.reshape(-1, logits.size(-1))
+        labels = batch["input_ids"][:, 1:].reshape(-1)
+        if sample and self.online:
+            with torch.no_grad():
+                labels = torch.multinomial(F.softmax(logits.detach(), dim=-1), num_samples=1).flatten()
+        elif sample:
+            labels = batch["sampled_labels"].reshape(-1)
+        return F.cross_entropy(logits, labels, reduction="sum")
+
+    def compute_measurement(self, batch, model):
+        return self.compute_train_loss(batch, model)
+
+    def get_influence_tracked_modules(self):
+        return self.layer_names
+
+
+class Peer:
+    """Runs kronfluence stage by stage."""
+
+    def __init__(self, model, layer_names, directory: Path, strategy: str, damping: float, half: bool, compile: bool):
+        self.task = PeerTask(layer_names)
+        model = prepare_model(with_linear_layers(model), self.task)
+        if compile:
+            model = torch.compile(model)
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        self.analyzer = Analyzer(
+            "peer", model, self.task, cpu=on_cpu, profile=True, disable_tqdm=True, output_dir=str(directory)
+        )
+        self.strategy, self.damping, self.half = strategy, damping, half
+
+    def fit(self, train_dataset, batch_size: int) -> dict[str, float]:
+        """Seconds of each factor stage, by the peer's own profiler."""
+        arguments = FactorArguments(strategy=self.strategy)
+        if self.half:
+            arguments = all_low_precision_factor_arguments(strategy=self.strategy, dtype=torch.bfloat16)
+        self.analyzer.profiler.recorded_durations.clear()
+        self.analyzer.fit_all_factors(
+            "factors", train_dataset, per_device_batch_size=batch_size, factor_args=arguments, overwrite_output_dir=True
+        )
+        recorded = self.analyzer.profiler.recorded_durations
+        return {stage: sum(recorded[stage]) for stage in STAGES if stage in recorded}
+
+    def score(self, query_dataset, train_dataset, query_batch_size: int, train_batch_size: int):
+        """(seconds, [queries, training examples])"""
+        arguments = ScoreArguments(damping_factor=self.damping)
+        if self.half:
+            arguments = all_low_precision_score_arguments(damping_factor=self.damping, dtype=torch.bfloat16)
+        self.analyzer.profiler.recorded_durations.clear()
+        self.analyzer.compute_pairwise_scores(
+            "scores",
+            factors_name="factors",
+            query_dataset=query_dataset,
+            train_dataset=train_dataset,
+            per_device_query_batch_size=query_batch_size,
+            per_device_train_batch_size=train_batch_size,
+            score_args=arguments,
+            overwrite_output_dir=True,
+        )
+        seconds = sum(self.analyzer.profiler.recorded_durations["Compute Pairwise Score"])
+        return seconds, self.analyzer.load_pairwise_scores("scores")["all_modules"].float()
+
+    def factors(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Covariances and Lambda, normalised to means."""
+        covariances = self.analyzer.load_covariance_matrices("factors")
+        factors = {
+            f"{kind}_covariance": {
+                name: matrix.float() / covariances[f"num_{kind}_covariance_processed"][name]
+                for name, matrix in covariances[f"{kind}_covariance"].items()
+            }
+            for kind in ("activation", "gradient")
+        }
+        lambdas = self.analyzer.load_lambda_matrices("factors")
+        factors["lambda_matrix"] = {
+            name: matrix.float() / lambdas["num_lambda_processed"][name]
+            for name, matrix in lambdas["lambda_matrix"].items()
+        }
+        return factors

@@ -1,0 +1,216 @@
+"""WikiText-2 with GPT-2: a causal language model on blocks of text; the measurement is the summed cross-entropy."""
+
+import itertools
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from datasets import load_dataset
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config
+
+from influence_core.errors import UserError
+from influence_core.experiments.demo_corpus import demo_corpus, train_tokenizer
+from influence_core.experiments.example import ExampleTask, float64, load_from, parse_overrides, take
+from influence_core.losses import linear_cross_entropy
+from influence_core.task import EXAMPLE_INDEX
+
+ROWS_PER_GROUP = 1000  # rows of text joined before they are cut into blocks; the rest of each group is dropped
+HELD_OUT = 6  # of the demo's blocks, every sixth of a topic is for validation
+DEMO_CORPUS = "pydoc_data.topics"  # as --dataset_name_or_path: the corpus of the demo
+
+
+class WikiTextTask(ExampleTask):
+    """Blocks of `block_size` tokens; tracked are the attention and MLP layers of every block of GPT-2."""
+
+    name = "wikitext_gpt2"
+    presets = {
+        "full": {
+            "model_name_or_path": "openai-community/gpt2",
+            "dataset_name_or_path": "Salesforce/wikitext",
+            "dataset_config": "wikitext-2-raw-v1",
+            "block_size": 512,
+            "learning_rate": 3e-5,
+            "weight_decay": 0.01,
+            "num_train_epochs": 3,
+            "train_batch_size.train": 8,
+            "eval_batch_size": 16,
+            "query_batch_size": 32,
+            "train_batch_size.analyze": 64,
+            "factor_batch_size": 64,
+        },
+        "demo": {
+            "checkpoint_dir": "demo/wikitext_gpt2/checkpoint",
+            "output_dir": "demo/wikitext_gpt2/influence_results",
+            "dataset_name_or_path": DEMO_CORPUS,
+            "config_overrides": "n_layer=2,n_embd=192,n_head=6,n_positions=128,resid_pdrop=0,embd_pdrop=0,attn_pdrop=0",
+            "vocab_size": 2048,
+            "block_size": 64,
+            "learning_rate": 2e-3,
+            "num_train_epochs": 6,
+            "factor_strategy": ["ekfac", "identity"],
+            "show_queries": 3,
+        },
+    }
+
+    def __init__(
+        self, model_name_or_path, tokenizer_name_or_path, config_overrides, dataset_name_or_path, dataset_config,
+        block_size, vocab_size,
+    ):  # fmt: skip
+        self.model_source, self.tokenizer_source = model_name_or_path, tokenizer_name_or_path or model_name_or_path
+        self.config_overrides = parse_overrides(config_overrides or "")
+        self.dataset_source, self.dataset_config = dataset_name_or_path, dataset_config
+        self.block_size, self.vocab_size = block_size, vocab_size
+        self.is_demo = dataset_name_or_path == DEMO_CORPUS
+        self.checkpoint_dir = None
+
+    @staticmethod
+    def add_arguments(parser):
+        parser.add_argument("--model_name_or_path", help="model to start from: a Hub id or a directory; a directory "
+                            "with only a config starts from scratch")  # fmt: skip
+        parser.add_argument("--tokenizer_name_or_path", help="where it is not with the model")
+        parser.add_argument("--config_overrides", help="key=value,… of a GPT2Config: trains that model from scratch")
+        parser.add_argument("--dataset_name_or_path", help="a Hub id or a directory in the Hub's layout")
+        parser.add_argument("--dataset_config", help="configuration of the dataset, such as wikitext-2-v1")
+        parser.add_argument("--block_size", type=int, help="tokens of a sequence")
+        parser.add_argument("--vocab_size", type=int, help="of the tokenizer that the demo trains")
+
+    # ------------------------------------------------------------------------------------------ model and tokenizer
+
+    @cached_property
+    def tokenizer(self):
+        if self.checkpoint_dir is not None:
+            return AutoTokenizer.from_pretrained(self.checkpoint_dir)
+        if self.is_demo:
+            return train_tokenizer(list(demo_corpus().values()), self.vocab_size)
+        source = self.tokenizer_source
+        return load_from(source, "--tokenizer_name_or_path", lambda: AutoTokenizer.from_pretrained(source))
+
+    def load_model(self, checkpoint_dir):
+        self.checkpoint_dir = checkpoint_dir
+        if checkpoint_dir is not None:
+            return _load_causal_lm(checkpoint_dir)
+        config = self._config_from_scratch()
+        if config is None:
+            source = self.model_source
+            return load_from(source, "--model_name_or_path", lambda: _load_causal_lm(source))
+        print(f"Training from scratch: {config.n_layer} layers of {config.n_embd}, vocabulary {config.vocab_size}")
+        return AutoModelForCausalLM.from_config(config)
+
+    def _config_from_scratch(self):
+        """The config of a model without weights, or None where there are weights to start from."""
+        directory = Path(self.model_source or ".")
+        has_weights = any(itertools.chain(directory.glob("*.safetensors*"), directory.glob("pytorch_model*")))
+        is_local = self.model_source is not None and directory.is_dir()
+        if not self.config_overrides and (not is_local or has_weights):
+            return None
+        overrides = {"vocab_size": len(self.tokenizer), "activation_function": FUSED_GELU, **self.config_overrides}
+        overrides |= {f"{which}_token_id": self.tokenizer.eos_token_id for which in ("bos", "eos")}
+        unknown = [key for key in self.config_overrides if not hasattr(GPT2Config(), key)]
+        if unknown:
+            raise UserError(f"--config_overrides: a GPT2Config has no {', '.join(unknown)}")
+        if is_local and (directory / "config.json").exists():
+            return AutoConfig.from_pretrained(directory, **overrides)
+        return GPT2Config(**overrides)
+
+    def tracked_layer_names(self, model):
+        return [
+            f"transformer.h.{block}.{layer}"
+            for block in range(len(model.transformer.h))
+            for layer in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+        ]
+
+    # ------------------------------------------------------------------------------------------------------- data
+
+    @cached_property
+    def _splits(self) -> dict[str, list[dict]]:
+        return self._demo_splits() if self.is_demo else {}
+
+    def load_dataset(self, split, indices=None):
+        if split not in self._splits:
+            self._splits[split] = [{"input_ids": block} for block in self._blocks(split)]
+        if not self._splits[split]:
+            raise UserError(f"the {split} split has not one block of {self.block_size} tokens: lower --block_size")
+        return take(self._splits[split], indices)
+
+    def _blocks(self, split) -> list[Tensor]:
+        rows = load_from(
+            self.dataset_source,
+            "--dataset_name_or_path",
+            lambda: load_dataset(self.dataset_source, self.dataset_config, split=split),
+        )
+        if "text" not in rows.column_names:
+            raise UserError(f"{self.dataset_source} has no column 'text', only {', '.join(rows.column_names)}")
+        blocks = []
+        for start in range(0, len(rows), ROWS_PER_GROUP):
+            texts = rows[start : start + ROWS_PER_GROUP]["text"]
+            blocks += self._cut(self.tokenizer(texts, verbose=False)["input_ids"])
+        return blocks
+
+    def _cut(self, tokenized: list[list[int]]) -> list[Tensor]:
+        """Join token lists and cut them into whole blocks."""
+        tokens = torch.tensor(list(itertools.chain.from_iterable(tokenized)))
+        return list(tokens[: len(tokens) // self.block_size * self.block_size].view(-1, self.block_size))
+
+    def _demo_splits(self):
+        """Blocks of each topic by itself, so that a block has one topic; every sixth is held out."""
+        splits = {"train": [], "validation": []}
+        for topic, text in sorted(demo_corpus().items()):
+            blocks = self._cut([self.tokenizer(text, verbose=False)["input_ids"]])
+            for number, block in enumerate(blocks):
+                split = "validation" if number % HELD_OUT == HELD_OUT - 1 else "train"
+                splits[split].append({"input_ids": block, "topic": topic})
+        return splits
+
+    def collate(self, examples):
+        return {"input_ids": torch.stack([example["input_ids"] for example in examples])}
+
+    def describe(self, example):
+        return self.tokenizer.decode(example["input_ids"]).strip()
+
+    def topic(self, example):
+        return example.get("topic")
+
+    # ----------------------------------------------------------------------------------------------------- losses
+
+    def train_loss(self, model, batch, sample_labels=None):
+        tokens = batch["input_ids"]
+        uniforms = None
+        if sample_labels is not None:
+            uniforms = sample_labels.uniforms(batch[EXAMPLE_INDEX], tokens.shape[1] - 1)
+        return self.next_token_loss(model, tokens, tokens[:, 1:], uniforms)
+
+    @staticmethod
+    def next_token_loss(model, tokens, labels, uniforms=None) -> Tensor:
+        """Summed cross-entropy of each position against labels [examples, positions - 1], given or sampled."""
+        hidden = model.transformer(tokens, use_cache=False).last_hidden_state[:, :-1]
+        return linear_cross_entropy(hidden, model.lm_head.weight, labels, uniforms)
+
+    def measurement(self, model, batch):
+        return self.train_loss(model, batch)
+
+    def training_loss(self, model, batch):
+        # Through model(…), which may be wrapped for several processes; the logits it insists on are those of 1 position.
+        tokens = batch["input_ids"]
+        output = model(tokens, output_hidden_states=True, logits_to_keep=1, use_cache=False)
+        head = getattr(model, "module", model).lm_head
+        return (
+            linear_cross_entropy(output.hidden_states[-1][:, :-1], head.weight, tokens[:, 1:]) / tokens[:, 1:].numel()
+        )
+
+    def evaluation_sums(self, model, batch):
+        num_predicted = batch["input_ids"][:, 1:].numel()
+        return {"loss": float64(self.train_loss(model, batch)), "positions": float64(num_predicted)}
+
+    def metrics(self, sums):
+        return {"perplexity": float(torch.tensor(sums["loss"] / sums["positions"]).exp())}
+
+
+FUSED_GELU = "gelu_pytorch_tanh"  # the function that GPT-2's config calls gelu_new, as one kernel instead of eight
+
+
+def _load_causal_lm(source) -> nn.Module:
+    config = AutoConfig.from_pretrained(source)
+    if getattr(config, "activation_function", None) == "gelu_new":
+        config.activation_function = FUSED_GELU
+    return AutoModelForCausalLM.from_pretrained(source, config=config, dtype=torch.float32)
