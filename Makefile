@@ -1,6 +1,7 @@
 # make demo   train a small GPT-2 on a corpus that every Python has, and show which sequences made it say what it says
 # make test   all tests
 # make lint   style and formatting
+# make benchmark   agreement and time beside kronfluence 1.0.1
 # Each makes .venv and installs requirements.txt into it where that has not been done.
 
 PYTHON ?= python3
@@ -22,8 +23,8 @@ lint: $(VENV)/.installed
 
 # The peer is for comparison only. Its own requirements would replace what this project pins, hence --no-deps.
 benchmark: $(VENV)/.installed
-	$(BIN)/pip install --no-deps kronfluence==1.0.1 einops==0.8.1 opt_einsum==3.4.0
-	$(BIN)/python tests/benchmarks/compare_with_kronfluence.py
+	$(BIN)/pip install --no-deps kronfluence==1.0.1 einops==0.8.2 einconv==0.1.0 opt_einsum==3.4.0
+	$(BIN)/python -m tests.benchmarks.compare_with_kronfluence
 
 $(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)

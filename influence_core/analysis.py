@@ -56,10 +56,10 @@ def analyze(
         needs_lambda=any(strategy.needs_lambda for strategy in strategies),
         sum_bytes=study.runtime.precision.sum_dtype.itemsize,
     )
-    study.plan = plan_analysis(study, work, memory_budget)
+    plan = plan_analysis(study, work, memory_budget)
     factor_stores = {name: fit_factors(study, name, factor_batch_size) for name in strategy_names}
     return compute_pairwise_scores(
-        study, factor_stores, query_dataset, study.plan, damping, query_batch_size, train_batch_size
+        study, factor_stores, query_dataset, plan, damping, query_batch_size, train_batch_size
     )
 
 
@@ -69,6 +69,8 @@ def plan_analysis(study: Study, work: Work, memory_budget: int | None) -> Plan:
     budget = study.runtime.free_memory() if memory_budget is None else memory_budget - in_use
     plan = make_plan(study.layers, work, budget)
     study.runtime.print(describe_plan(plan, study.layers, work, in_use, budget))
+    study.runtime.print(f"  numbers  {study.runtime.precision.description}, on {study.runtime.device}")
+    study.planned_memory = in_use + max(plan.peak_bytes.values())
     return plan
 
 

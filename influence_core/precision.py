@@ -43,6 +43,14 @@ class Precision:
         return str(self.operand_dtype).removeprefix("torch.")
 
     @property
+    def description(self) -> str:
+        """As a person reads it."""
+        if not self.is_half:
+            return self.name
+        how = " (emulated: no bfloat16 units here, so it saves no time)" if self.emulated else ""
+        return f"bfloat16 model and products{how}, float32 sums"
+
+    @property
     def is_half(self) -> bool:
         return self.operand_dtype == torch.bfloat16
 

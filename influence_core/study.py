@@ -45,6 +45,7 @@ class Study:
     def __post_init__(self):
         self.output_dir = Path(self.output_dir)
         self.profiler = Profiler(self.runtime)
+        self.planned_memory: int | None = None  # bytes at the peak, once there is a plan
 
     @cached_property
     def layers(self) -> list[TrackedLayer]:

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Co
 
 from influence_core.errors import UserError
 from influence_core.experiments.demo_corpus import demo_corpus, train_tokenizer
-from influence_core.experiments.example import ExampleTask, float64, load_from, parse_overrides, take
+from influence_core.experiments.example import ExampleTask, float64, is_main_process, load_from, parse_overrides, take
 from influence_core.losses import linear_cross_entropy
 from influence_core.task import EXAMPLE_INDEX
 
@@ -94,7 +94,8 @@ class WikiTextTask(ExampleTask):
         if config is None:
             source = self.model_source
             return load_from(source, "--model_name_or_path", lambda: _load_causal_lm(source))
-        print(f"Training from scratch: {config.n_layer} layers of {config.n_embd}, vocabulary {config.vocab_size}")
+        if is_main_process():
+            print(f"Training from scratch: {config.n_layer} layers of {config.n_embd}, vocabulary {config.vocab_size}")
         return AutoModelForCausalLM.from_config(config)
 
     def _config_from_scratch(self):
@@ -190,7 +191,7 @@ class WikiTextTask(ExampleTask):
         return self.train_loss(model, batch)
 
     def training_loss(self, model, batch):
-        # Through model(…), which may be wrapped for several processes; the logits it insists on are those of 1 position.
+        # Through model(…), which may be wrapped for several processes; it makes the logits of one position at least.
         tokens = batch["input_ids"]
         output = model(tokens, output_hidden_states=True, logits_to_keep=1, use_cache=False)
         head = getattr(model, "module", model).lm_head

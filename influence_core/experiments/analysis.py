@@ -11,6 +11,7 @@ from influence_core.errors import UserError
 from influence_core.experiments.arguments import check_size, parse, run_script
 from influence_core.experiments.example import ExampleTask
 from influence_core.runtime import Runtime
+from influence_core.scores.plan import gigabytes
 from influence_core.study import Study
 
 TOP = 5  # sequences that the topic figure looks at
@@ -57,7 +58,8 @@ def _analyze(task_class: type[ExampleTask], arguments) -> None:
             memory_budget=None if arguments.memory_budget_gb is None else int(arguments.memory_budget_gb * 1e9),
         )
         runtime.print(f"\n{study.profiler.table()}\n")
-        runtime.print(f"Peak memory {runtime.peak_memory() / 1e9:.2f} GB\n")
+        peak, planned = gigabytes(runtime.peak_memory()), gigabytes(study.planned_memory)
+        runtime.print(f"Peak memory {peak} (planned {planned})\n")
         if runtime.is_main:
             _report(task, study, scores, query_dataset, arguments.show_queries)
     finally:

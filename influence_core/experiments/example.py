@@ -1,6 +1,7 @@
 """What the scripts of an example need beyond the influence contract: flags, presets, training and evaluation."""
 
 import argparse
+import os
 from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -82,3 +83,8 @@ def take(examples: list, indices) -> list:
 def float64(value: Tensor | float) -> Tensor:
     """A float64 scalar, for evaluation sums."""
     return torch.as_tensor(value, dtype=torch.float64).detach()
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that prints, also before any process group exists."""
+    return os.environ.get("RANK", "0") == "0"

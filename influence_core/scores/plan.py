@@ -213,7 +213,8 @@ def describe_plan(plan: Plan, layers: list[TrackedLayer], work: Work, in_use: in
     disk = factor_bytes(layers, work) + work.num_rows * work.num_train * 4
     rows = {
         "tracked": f"{len(layers)} layers, {sum(layer.num_parameters for layer in layers):,} parameters",
-        "scores": f"{work.num_queries} queries x {work.num_train} training examples x {work.num_strategies} strategies",
+        "scores": f"{work.num_queries} queries x {work.num_train} training examples"
+        + (f" x {work.num_strategies} strategies" if work.num_strategies > 1 else ""),
         "passes": passes,
         "queries": f"{gigabytes(plan.resident_bytes)} of preconditioned gradients stay in memory",
         "memory": f"{gigabytes(in_use + max(plan.peak_bytes.values()))} at the peak ({stages}); "

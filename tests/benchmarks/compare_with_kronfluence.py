@@ -1,6 +1,6 @@
 """Side by side with kronfluence 1.0.1: same weights, tokens and labels; agreement, then time, stage by stage.
 
-    python tests/benchmarks/compare_with_kronfluence.py --checkpoint_dir DIR --num_train 256 --num_queries 64
+    python -m tests.benchmarks.compare_with_kronfluence --checkpoint_dir DIR --num_train 256 --num_queries 64
 
 First both systems run once with the same labels, and factors and scores are compared. Then both run `--repeats` times
 in turn, each sampling labels online as it does by itself, and medians are compared. The peer scores at query batches
