@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
@@ -116,6 +117,14 @@ class StageStore:
         for path in [*paths, *self.directory.glob(f"{self.stage}.progress.*")]:
             path.unlink(missing_ok=True)
 
+    def adopt(self, other: "StageStore") -> None:
+        """Take over the finished result of another store by links to its files; checked when it is loaded."""
+        manifest = other.manifest()
+        self.discard()
+        for name in manifest["files"]:
+            _write_whole(self.directory / name, lambda temporary, name=name: _link(other.directory / name, temporary))
+        write_json(self.manifest_path, manifest)
+
     def save_progress(self, partition: Mapping[str, Any], step: int, tensors: Tensors) -> None:
         """Keep what a killed run needs to go on: partial results after `step` steps of this partition of the work."""
         record = json.dumps({"settings": self.settings, "partition": dict(partition), "step": step}, sort_keys=True)
@@ -171,6 +180,15 @@ def _write_whole(path: Path, write) -> None:
             raise
     except OSError as error:
         raise UserError(f"{path} can't be written: {error.strerror or error}") from None
+
+
+def _link(source: Path, target: str) -> None:
+    """A hard link where the file system has them, a copy elsewhere."""
+    os.unlink(target)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def require_writable(directory: Path) -> None:

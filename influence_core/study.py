@@ -45,6 +45,7 @@ class Study:
     def __post_init__(self):
         self.output_dir = Path(self.output_dir)
         self.profiler = Profiler(self.runtime)
+        self.computed: set[Path] = set()  # manifests of the stages that this process went through
         self.planned_memory: int | None = None  # bytes at the peak, once there is a plan
 
     @cached_property
@@ -101,20 +102,34 @@ class Study:
         _check_finite(pending, what)
 
     @contextmanager
-    def stage(self, store: StageStore):
-        """Run a stage unless its result is stored already; tells which: `with study.stage(store) as todo: if todo:`.
+    def stage(self, store: StageStore, twins: Sequence[StageStore] = ()):
+        """Run a stage unless its result is stored already: `with study.stage(store) as todo: if todo: …`.
 
+        Args:
+            twins: stores that may hold the very same result under another name; a finished one is taken over.
         Every process leaves together, so that the next stage finds the files.
         """
-        if self.overwrite and self.runtime.is_main:
-            store.discard()
+        if self.runtime.is_main:
+            if self.overwrite:
+                store.discard()
+            twin = next((twin for twin in twins if self._may_adopt(twin)), None)
+            if twin is not None and store.manifest() is None:
+                store.adopt(twin)
         self.runtime.barrier()
         todo = store.manifest() is None
         if not todo:
             self.runtime.print(f"Found finished {store.manifest_path}")
         self.runtime.barrier()
         yield todo
+        self.computed.add(store.manifest_path)
         self.runtime.barrier()
+
+    def _may_adopt(self, twin: StageStore) -> bool:
+        """Whether the twin is finished, with the same settings, and not of a run that is to be done again."""
+        try:
+            return twin.manifest() is not None and (not self.overwrite or twin.manifest_path in self.computed)
+        except UserError:
+            return False
 
     def progress_clock(self) -> "ProgressClock":
         return ProgressClock(self.progress_interval)

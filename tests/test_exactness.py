@@ -79,6 +79,7 @@ def run(directory, strategies, truth, precision=FLOAT64, **options):
 
 
 def relative_error(actual, expected):
+    expected = expected.detach()
     return float((actual.double() - expected).abs().max() / expected.abs().max())
 
 

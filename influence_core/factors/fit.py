@@ -8,7 +8,7 @@ from influence_core.batches import plan_batches
 from influence_core.factors.covariance import CovarianceSums
 from influence_core.factors.eigendecomposition import eigendecomposition
 from influence_core.factors.lambdas import LambdaSums
-from influence_core.factors.strategies import find_strategy
+from influence_core.factors.strategies import STRATEGIES, find_strategy
 from influence_core.layers import TrackedLayer
 from influence_core.passes import Captured
 from influence_core.storage import StageStore, Tensors
@@ -32,16 +32,28 @@ def fit_factors(study: Study, strategy_name: str, batch_size: int) -> dict[str, 
     strategy = find_strategy(strategy_name)
     name = factors_name(study, strategy_name)
     stores: dict[str, StageStore] = {}
+
+    def twins(stage: str, **settings) -> list[StageStore]:
+        """The same stage of the other strategies that work in the eigenbasis: kfac's is ekfac's."""
+        others = (other for other in STRATEGIES.values() if other.in_eigenbasis and other is not strategy)
+        return [study.factor_store(factors_name(study, other.name), stage, **settings) for other in others]
+
     if strategy.in_eigenbasis:
         stores["covariance"] = study.factor_store(name, "covariance")
-        _fit_covariance(study, stores["covariance"], batch_size)
+        with study.stage(stores["covariance"], twins("covariance")) as todo:
+            if todo:
+                _fit_covariance(study, stores["covariance"], batch_size)
         made_from = {"covariance": stores["covariance"].checksum()}
         stores["eigendecomposition"] = study.factor_store(name, "eigendecomposition", **made_from)
-        _perform_eigendecomposition(study, stores["eigendecomposition"], stores["covariance"])
+        with study.stage(stores["eigendecomposition"], twins("eigendecomposition", **made_from)) as todo:
+            if todo:
+                _perform_eigendecomposition(study, stores["eigendecomposition"], stores["covariance"])
     if strategy.needs_lambda:
         basis = stores["eigendecomposition"].checksum() if strategy.in_eigenbasis else "identity"
         stores["lambda"] = study.factor_store(name, "lambda", basis=basis)
-        _fit_lambda(study, stores["lambda"], stores.get("eigendecomposition"), batch_size)
+        with study.stage(stores["lambda"]) as todo:
+            if todo:
+                _fit_lambda(study, stores["lambda"], stores.get("eigendecomposition"), batch_size)
     return stores
 
 
@@ -51,75 +63,66 @@ def factors_name(study: Study, strategy_name: str) -> str:
 
 
 def _fit_covariance(study: Study, store: StageStore, batch_size: int) -> None:
-    with study.stage(store) as todo:
-        if not todo:
-            return
-        with study.profiler("Fit Covariance"):
-            sums = CovarianceSums(study.layers, study.runtime.precision, study.runtime.device)
-            _accumulate(study, store, sums, batch_size, "Fit Covariance")
-            files, num_positions = sums.means(study.layers)
-        with study.profiler("Save Covariance"):
-            if study.runtime.is_main:
-                store.save(files, {"num_examples": len(study.train_dataset), "num_positions": num_positions})
+    with study.profiler("Fit Covariance"):
+        sums = CovarianceSums(study.layers, study.runtime.precision, study.runtime.device)
+        _accumulate(study, store, sums, batch_size, "Fit Covariance")
+        files, num_positions = sums.means(study.layers)
+    with study.profiler("Save Covariance"):
+        if study.runtime.is_main:
+            store.save(files, {"num_examples": len(study.train_dataset), "num_positions": num_positions})
 
 
 def _perform_eigendecomposition(study: Study, store: StageStore, covariance_store: StageStore) -> None:
-    with study.stage(store) as todo:
-        if not todo:
-            return
-        runtime = study.runtime
-        with study.profiler("Load Covariance"):
-            covariances = covariance_store.load()
-        with study.profiler("Perform Eigendecomposition"):
-            files = {
-                f"{kind}_{part}": {} for kind in ("activation", "gradient") for part in ("eigenvalues", "eigenvectors")
-            }
-            jobs = [(kind, layer.name) for layer in study.layers for kind in ("activation", "gradient")]
-            # The largest first, dealt out to the processes in turn, so that all finish at about the same time.
-            jobs.sort(key=lambda job: -len(covariances[f"{job[0]}_covariance"][job[1]]))
-            with runtime.progress(len(jobs), "Perform Eigendecomposition", unit="matrix") as bar:
-                for number, (kind, layer_name) in enumerate(jobs):
-                    covariance = covariances[f"{kind}_covariance"].pop(layer_name).to(runtime.device)
-                    values, vectors = covariance.new_empty(len(covariance)), torch.empty_like(covariance)
-                    if number % runtime.world_size == runtime.rank:
-                        values, vectors = eigendecomposition(covariance)
-                    files[f"{kind}_eigenvalues"][layer_name] = values
-                    files[f"{kind}_eigenvectors"][layer_name] = vectors
-                    bar.update()
+    runtime = study.runtime
+    with study.profiler("Load Covariance"):
+        covariances = covariance_store.load()
+    with study.profiler("Perform Eigendecomposition"):
+        files = {
+            f"{kind}_{part}": {} for kind in ("activation", "gradient") for part in ("eigenvalues", "eigenvectors")
+        }
+        jobs = [(kind, layer.name) for layer in study.layers for kind in ("activation", "gradient")]
+        # The largest first, dealt out to the processes in turn, so that all finish at about the same time.
+        jobs.sort(key=lambda job: -len(covariances[f"{job[0]}_covariance"][job[1]]))
+        with runtime.progress(len(jobs), "Perform Eigendecomposition", unit="matrix") as bar:
             for number, (kind, layer_name) in enumerate(jobs):
-                for part in ("eigenvalues", "eigenvectors"):
-                    runtime.broadcast(files[f"{kind}_{part}"][layer_name], source=number % runtime.world_size)
-        with study.profiler("Save Eigendecomposition"):
-            if runtime.is_main:
-                store.save(files)
+                covariance = covariances[f"{kind}_covariance"].pop(layer_name).to(runtime.device)
+                values, vectors = covariance.new_empty(len(covariance)), torch.empty_like(covariance)
+                if number % runtime.world_size == runtime.rank:
+                    values, vectors = eigendecomposition(covariance)
+                files[f"{kind}_eigenvalues"][layer_name] = values
+                files[f"{kind}_eigenvectors"][layer_name] = vectors
+                bar.update()
+        for number, (kind, layer_name) in enumerate(jobs):
+            for part in ("eigenvalues", "eigenvectors"):
+                runtime.broadcast(files[f"{kind}_{part}"][layer_name], source=number % runtime.world_size)
+    with study.profiler("Save Eigendecomposition"):
+        if runtime.is_main:
+            store.save(files)
 
 
 def _fit_lambda(study: Study, store: StageStore, eigendecomposition_store: StageStore | None, batch_size: int) -> None:
-    with study.stage(store) as todo:
-        if not todo:
-            return
-        activation_eigenvectors = gradient_eigenvectors = None
-        if eigendecomposition_store is not None:
-            with study.profiler("Load Eigendecomposition"):
-                files = eigendecomposition_store.load()
-            activation_eigenvectors, gradient_eigenvectors = (
-                files[f"{kind}_eigenvectors"] for kind in ("activation", "gradient")
-            )
-        with study.profiler("Fit Lambda"):
-            post_process = study.task.post_process_per_sample_gradient if study.task.post_processes else None
-            sums = LambdaSums(
-                study.layers,
-                study.runtime.precision,
-                study.runtime.device,
-                activation_eigenvectors,
-                gradient_eigenvectors,
-                post_process,
-            )
-            _accumulate(study, store, sums, batch_size, "Fit Lambda")
-            files = sums.means(study.layers, len(study.train_dataset))
-        with study.profiler("Save Lambda"):
-            if study.runtime.is_main:
-                store.save(files, {"num_examples": len(study.train_dataset)})
+    activation_eigenvectors = gradient_eigenvectors = None
+    if eigendecomposition_store is not None:
+        with study.profiler("Load Eigendecomposition"):
+            files = eigendecomposition_store.load()
+        activation_eigenvectors, gradient_eigenvectors = (
+            files[f"{kind}_eigenvectors"] for kind in ("activation", "gradient")
+        )
+    with study.profiler("Fit Lambda"):
+        post_process = study.task.post_process_per_sample_gradient if study.task.post_processes else None
+        sums = LambdaSums(
+            study.layers,
+            study.runtime.precision,
+            study.runtime.device,
+            activation_eigenvectors,
+            gradient_eigenvectors,
+            post_process,
+        )
+        _accumulate(study, store, sums, batch_size, "Fit Lambda")
+        files = sums.means(study.layers, len(study.train_dataset))
+    with study.profiler("Save Lambda"):
+        if study.runtime.is_main:
+            store.save(files, {"num_examples": len(study.train_dataset)})
 
 
 def _accumulate(study: Study, store: StageStore, sums: Sums, batch_size: int, description: str) -> None:

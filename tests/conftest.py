@@ -1,0 +1,21 @@
+"""What several test files share."""
+
+import pytest
+
+from tests.scripts import ANALYZE, TRAIN, run
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A checkpoint that train.py made at tiny size; copy it before changing anything."""
+    directory = tmp_path_factory.mktemp("trained") / "checkpoint"
+    run("train", *TRAIN, "--checkpoint_dir", directory).ok()
+    return directory
+
+
+@pytest.fixture(scope="session")
+def results(checkpoint, tmp_path_factory):
+    """(what analyze.py printed, its output directory) for that checkpoint, EKFAC; copy it before changing anything."""
+    directory = tmp_path_factory.mktemp("analyzed") / "results"
+    flags = ["--checkpoint_dir", checkpoint, "--output_dir", directory, "--factor_strategy", "ekfac"]
+    return run("analyze", *ANALYZE, *flags).ok(), directory

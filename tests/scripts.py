@@ -1,0 +1,86 @@
+"""Run the scripts of wikitext_gpt2 at tiny size, in this process or as a person would, and read what they print."""
+
+import contextlib
+import io
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from influence_core.experiments import analysis, training
+from wikitext_gpt2.task import WikiTextTask
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"  # real data and tokenizers, which the project does not carry
+
+NUM_TRAIN, NUM_QUERIES, BLOCK_SIZE = 64, 4, 32
+
+TRAIN = ["--preset", "demo", "--config_overrides", f"n_layer=1,n_embd=16,n_head=2,n_positions={BLOCK_SIZE}"]
+TRAIN += ["--vocab_size", "400", "--block_size", f"{BLOCK_SIZE}", "--num_train", f"{NUM_TRAIN}"]
+TRAIN += ["--num_train_epochs", "1", "--eval_batch_size", "2000"]
+ANALYZE = ["--preset", "demo", "--num_train", f"{NUM_TRAIN}", "--num_queries", f"{NUM_QUERIES}"]
+
+_BAR = re.compile(r"^[A-Z][\w ()]*: +\d+%\|")  # a progress bar
+
+
+@dataclass
+class Outcome:
+    """How a script ended."""
+
+    code: int
+    out: str
+    err: str
+
+    def error(self, *contains: str) -> str:
+        """The one line of a refusal, checked: exit code 2, and nothing else on stderr but progress bars."""
+        lines = [line for line in re.split(r"[\r\n]+", self.err) if line.strip() and not _BAR.match(line)]
+        assert self.code == 2, f"exit code {self.code}: {self.err}"
+        assert len(lines) == 1 and lines[0].startswith("error: "), lines
+        assert "Traceback" not in self.out
+        for part in contains:
+            assert part in lines[0], f"{part!r} is not in {lines[0]!r}"
+        return lines[0]
+
+    def ok(self) -> str:
+        """What a script that worked printed."""
+        assert self.code == 0, self.err
+        return self.out
+
+
+def run(script: str, *flags, task_class=WikiTextTask) -> Outcome:
+    """The script's main function in this process; an exception other than SystemExit fails the test, as it should."""
+    main = {"train": training, "analyze": analysis}[script].main
+    out, err, code, threads = io.StringIO(), io.StringIO(), 0, torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny products: more threads would only wait for each other
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main(task_class, "a description", list(map(str, flags)))
+    except SystemExit as leaving:
+        code = leaving.code or 0
+    finally:
+        torch.set_num_threads(threads)
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def run_process(command: list, directory: Path = ROOT, **environment: str) -> Outcome:
+    """`python <command>` in a directory, offline, as a process of its own."""
+    offline = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {key: value for key, value in (os.environ | offline | environment).items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=directory,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """{path: bytes} of every file below a directory, to see that nothing was changed or left behind."""
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}

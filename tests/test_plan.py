@@ -1,0 +1,186 @@
+"""The plan of passes: what it splits, what it promises to cost, and that the passes made are those planned."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from influence_core.analysis import analyze
+from influence_core.errors import UserError
+from influence_core.layers import find_tracked_layers
+from influence_core.passes import Probe
+from influence_core.precision import Precision
+from influence_core.runtime import Runtime
+from influence_core.scores.pairwise import compute_pairwise_scores
+from influence_core.scores.plan import Plan, Work, make_plan
+from influence_core.study import Study
+from tests.tiny import TinyTask
+
+NUM_LAYERS, WIDTH, NUM_TRAIN, NUM_QUERIES, POSITIONS = 6, 512, 1000, 24, 128
+PARAMETERS = NUM_LAYERS * WIDTH * WIDTH
+FORWARD, BACKWARD = 7e9, 8e9
+
+
+def layers():
+    """Equal layers, as a Transformer's depth has them."""
+    with torch.device("meta"):
+        model = nn.Sequential(*[nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(NUM_LAYERS)])
+    return find_tracked_layers(model, [str(index) for index in range(NUM_LAYERS)])
+
+
+def work(**changes):
+    probe = Probe(1 << 20, FORWARD, BACKWARD, {str(index): POSITIONS for index in range(NUM_LAYERS)})
+    sizes = {"num_train": NUM_TRAIN, "num_queries": NUM_QUERIES, "num_strategies": 1}
+    sizes |= {"train_batch_size": 2, "query_batch_size": 2, "factor_batch_size": 2}
+    needs = {"operand_bytes": 4, "in_eigenbasis": True, "needs_lambda": True}
+    return Work(**(sizes | needs | {"train": probe, "query": probe} | changes))
+
+
+def peak(plan):
+    """Bytes of the stages that the plan can shape."""
+    return max(plan.peak_bytes["query gradients"], plan.peak_bytes["training pass"])
+
+
+def covers(plan):
+    """Whether each layer is in one group, in order, and each query in one tile, in order."""
+    names = [layer.name for group in plan.layer_groups for layer in group]
+    queries = [query for tile in plan.query_tiles for query in tile]
+    return names == [layer.name for layer in layers()] and queries == list(range(NUM_QUERIES))
+
+
+def test_one_pass_where_memory_suffices():
+    """Memory for all queries and layers: one group, one tile, whatever the batch sizes are."""
+    plan = make_plan(layers(), work(), 1 << 40)
+    assert plan.num_passes == 1 and covers(plan)
+    assert plan.resident_bytes == NUM_QUERIES * PARAMETERS * 4
+
+
+def test_layers_are_split_before_queries():
+    """One byte less than one pass takes: two groups of layers of equal size, and still all queries together."""
+    whole = make_plan(layers(), work(), 1 << 40)
+    budget = peak(whole)
+    assert make_plan(layers(), work(), budget).num_passes == 1
+    split = make_plan(layers(), work(), budget - 1)
+    assert (len(split.layer_groups), len(split.query_tiles)) == (2, 1)
+    assert [len(group) for group in split.layer_groups] == [3, 3] and covers(split)
+    assert split.resident_bytes == whole.resident_bytes / 2
+
+
+@pytest.mark.parametrize("num_strategies", [1, 3])
+def test_every_budget_gives_a_whole_plan_within_it(num_strategies):
+    """From ample memory down to none: nothing scored twice or left out, within the budget, until it is refused."""
+    job = work(num_strategies=num_strategies)
+    budget = peak(make_plan(layers(), job, 1 << 40))
+    shapes, refused = set(), False
+    while not refused:
+        try:
+            plan = make_plan(layers(), job, budget)
+        except UserError as error:
+            assert "--memory_budget_gb" in str(error) and "\n" not in str(error)
+            refused = True
+        else:
+            assert covers(plan)
+            assert peak(plan) <= budget
+            shapes.add((len(plan.layer_groups), len(plan.query_tiles)))
+            budget = int(0.98 * budget)
+    assert (1, 1) in shapes and (NUM_LAYERS, 1) in shapes  # both ends were met
+    assert any(tiles > 1 for _, tiles in shapes)
+
+
+def test_the_factor_stages_keep_to_the_budget_too():
+    """A factor batch that takes more than the budget is refused before the work, like the other batch sizes."""
+    budget = peak(make_plan(layers(), work(), 1 << 40))
+    with pytest.raises(UserError, match="--factor_batch_size"):
+        make_plan(layers(), work(factor_batch_size=100_000), budget)
+
+
+def test_flops_of_two_groups_are_fewer_than_of_two_tiles():
+    """9 PT against 12 PT: a group's pass does not go below the group, and makes the group's gradients alone."""
+    dots = 2 * NUM_QUERIES * PARAMETERS
+    gradients = 2 * POSITIONS * PARAMETERS
+    groups = NUM_TRAIN * (2 * FORWARD + 1.5 * BACKWARD + gradients + dots)
+    tiles = NUM_TRAIN * (2 * FORWARD + 2 * BACKWARD + 2 * gradients + dots)
+    split = make_plan(layers(), work(), peak(make_plan(layers(), work(), 1 << 40)) - 1)
+    assert split.num_passes == 2
+    assert split.pairwise_flops == pytest.approx(groups)
+    assert split.pairwise_flops < tiles
+
+
+def small_study(directory, task):
+    precision = Precision(torch.float64, torch.float64)
+    return Study(task, task.load_model().double(), task.load_dataset("train"), directory, Runtime(precision=precision))
+
+
+def parts(study, sizes, tile):
+    """A plan of layer groups of these sizes and query tiles of this one."""
+    rest = list(study.layers)
+    groups = [[rest.pop(0) for _ in range(size)] for size in sizes]
+    tiles = [range(start, min(start + tile, 6)) for start in range(0, 6, tile)]
+    return Plan(groups, tiles, 0, {}, 0.0)
+
+
+def pairwise(study, plan):
+    queries = study.task.load_dataset("validation")
+    return compute_pairwise_scores(study, {"identity": {}}, queries, plan, 1e-3, 4, 7)["identity"]
+
+
+@pytest.mark.parametrize("sizes", [[3], [2, 1], [1, 1, 1]])
+@pytest.mark.parametrize("tile", [6, 4, 1])
+def test_scores_do_not_depend_on_the_plan(tmp_path, sizes, tile):
+    """Passes for parts of the layers and queries add up to the scores of one pass."""
+    whole = small_study(tmp_path / "whole", TinyTask())
+    split = small_study(tmp_path / "split", TinyTask())
+    expected = pairwise(whole, parts(whole, [3], 6))
+    actual = pairwise(split, parts(split, sizes, tile))
+    assert expected.abs().min() > 0
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_counted_flops_of_groups_are_fewer_than_of_tiles(tmp_path):
+    """What the plan reckons with is true of the passes made: torch's own count of a run's products."""
+
+    def count(name, sizes, tile):
+        study = small_study(tmp_path / name, TinyTask())
+        with FlopCounterMode(display=False) as counter:
+            pairwise(study, parts(study, sizes, tile))
+        return counter.get_total_flops()
+
+    one, groups, tiles = count("one", [3], 6), count("groups", [1, 2], 6), count("tiles", [3], 3)
+    assert one < groups < tiles
+
+
+class CountingTask(TinyTask):
+    """Counts the passes over training batches (data's own labels: the pairwise stage) and over queries."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_training_passes = self.num_measurements = 0
+
+    def train_loss(self, model, batch, sample_labels=None):
+        self.num_training_passes += sample_labels is None
+        return super().train_loss(model, batch, sample_labels)
+
+    def measurement(self, model, batch):
+        self.num_measurements += 1
+        return TinyTask.train_loss(self, model, batch)
+
+
+def test_training_passes_do_not_grow_with_query_micro_batches(tmp_path):
+    """--query_batch_size shapes the queries' own passes only; the training set is passed over once."""
+    counts = {}
+    for query_batch_size in (1, 4):
+        task = CountingTask()
+        study = small_study(tmp_path / str(query_batch_size), task)
+        queries = task.load_dataset("validation")
+        analyze(study, ["ekfac"], queries, query_batch_size=query_batch_size, train_batch_size=7)
+        counts[query_batch_size] = task.num_training_passes
+        assert task.num_measurements >= len(queries) / query_batch_size
+    assert counts == {1: 6, 4: 6}  # ceil(40 / 7) batches
+
+
+def test_planned_passes_are_made(tmp_path):
+    """A plan of two groups and two tiles passes over the training set four times, no more and no less."""
+    task = CountingTask()
+    study = small_study(tmp_path, task)
+    pairwise(study, parts(study, [2, 1], 3))
+    assert task.num_training_passes == 4 * 6
