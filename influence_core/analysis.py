@@ -55,6 +55,7 @@ def analyze(
         in_eigenbasis=any(strategy.in_eigenbasis for strategy in strategies),
         needs_lambda=any(strategy.needs_lambda for strategy in strategies),
         sum_bytes=study.runtime.precision.sum_dtype.itemsize,
+        device_type=study.runtime.device.type,
     )
     plan = plan_analysis(study, work, memory_budget)
     factor_stores = {name: fit_factors(study, name, factor_batch_size) for name in strategy_names}

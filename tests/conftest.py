@@ -1,5 +1,7 @@
 """What several test files share."""
 
+import shutil
+
 import pytest
 
 from tests.scripts import ANALYZE, TRAIN, run
@@ -19,3 +21,9 @@ def results(checkpoint, tmp_path_factory):
     directory = tmp_path_factory.mktemp("analyzed") / "results"
     flags = ["--checkpoint_dir", checkpoint, "--output_dir", directory, "--factor_strategy", "ekfac"]
     return run("analyze", *ANALYZE, *flags).ok(), directory
+
+
+@pytest.fixture
+def spoiled(checkpoint, tmp_path):
+    """A copy of the checkpoint, to spoil."""
+    return shutil.copytree(checkpoint, tmp_path / "spoiled")

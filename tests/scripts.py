@@ -24,7 +24,7 @@ TRAIN += ["--vocab_size", "400", "--block_size", f"{BLOCK_SIZE}", "--num_train",
 TRAIN += ["--num_train_epochs", "1", "--eval_batch_size", "2000"]
 ANALYZE = ["--preset", "demo", "--num_train", f"{NUM_TRAIN}", "--num_queries", f"{NUM_QUERIES}"]
 
-_BAR = re.compile(r"^[A-Z][\w ()]*: +\d+%\|")  # a progress bar
+_BAR = re.compile(r"^[A-Z][\w ()]*: +\d+%\||^Generating \w+ split: ")  # a progress bar
 
 
 @dataclass
@@ -84,3 +84,11 @@ def run_process(command: list, directory: Path = ROOT, **environment: str) -> Ou
 def contents(directory: Path) -> dict[str, bytes]:
     """{path: bytes} of every file below a directory, to see that nothing was changed or left behind."""
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def refused(script, *flags, contains=(), directory=None, **options):
+    """Run a script, expect the refusal, and no file in the directory that it was to write to."""
+    common = {"train": [*TRAIN, "--checkpoint_dir"], "analyze": [*ANALYZE, "--output_dir"]}[script]
+    error = run(script, *common, directory, *flags, **options).error(*contains)
+    assert not contents(directory)
+    return error

@@ -8,8 +8,11 @@ import torch
 
 from influence_core import analysis
 from influence_core.errors import UserError
+from influence_core.factors import lambdas
+from influence_core.passes import GradientPass
 from influence_core.precision import Precision
 from influence_core.runtime import Runtime
+from influence_core.scores import pairwise
 from influence_core.scores import plan as planning
 from tests.studies import STRATEGIES, make_study, recomposed_factors, score, score_tiny
 from tests.test_exactness import SEED, relative_error
@@ -37,6 +40,15 @@ def test_batch_sizes_do_not_matter(tmp_path, plain, query, train, factor):
     """One by one, all at once, uneven, and more than there are; sampled labels, so that these are invariant too."""
     sizes = {"query_batch_size": query, "train_batch_size": train, "factor_batch_size": factor}
     scores = score_tiny(tmp_path, **sizes)
+    assert_same_numbers(plain, scores, recomposed_factors(tmp_path))
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_how_many_gradients_are_held_at_once_does_not_matter(tmp_path, monkeypatch, plain, chunk):
+    """Batches cut into chunks of examples, in Lambda and in the scores' both passes; the last chunk is smaller."""
+    monkeypatch.setattr(lambdas, "lambda_chunk", lambda *_: chunk)
+    monkeypatch.setattr(pairwise, "gradient_chunk", lambda *_: chunk)
+    scores = score_tiny(tmp_path)
     assert_same_numbers(plain, scores, recomposed_factors(tmp_path))
 
 
@@ -101,7 +113,11 @@ GROUPS = {
     "two groups": [["first"], ["second", "third"]],
     "three groups": [["first"], ["second"], ["third"]],
 }
-TILES = {"one tile": [range(0, 6)], "uneven tiles": [range(0, 4), range(4, 6)], "single queries": [range(i, i + 1) for i in range(6)]}  # fmt: skip
+TILES = {
+    "one tile": [range(6)],
+    "uneven tiles": [range(4), range(4, 6)],
+    "single queries": [range(query, query + 1) for query in range(6)],
+}
 
 
 @pytest.mark.parametrize("groups", GROUPS)
@@ -140,7 +156,7 @@ def test_the_memory_budget_does_not_matter(tmp_path, monkeypatch, plain):
     budget = 1000
     while not plans or plans[-1].num_passes > 1:
         assert budget < 1_000_000
-        budget = int(budget * 1.05)
+        budget = int(budget * 1.2)
         directory = tmp_path / str(budget)
         try:
             scores = score_tiny(directory, memory_budget=budget)
@@ -153,7 +169,6 @@ def test_the_memory_budget_does_not_matter(tmp_path, monkeypatch, plain):
         assert max(plan.peak_bytes[stage] for stage in ("query gradients", "training pass")) <= budget
         assert_same_numbers(plain, scores, recomposed_factors(directory))
     passes = [plan.num_passes for plan in plans]
-    print(passes)
     assert passes == sorted(passes, reverse=True) and passes[0] > 2
     assert any(len(plan.layer_groups) > 1 for plan in plans)
     assert any(len(plan.query_tiles) > 1 for plan in plans)
@@ -166,9 +181,14 @@ def spearman(a, b):
     return (ranks[0] * ranks[1]).sum(-1) / (ranks[0].norm(dim=-1) * ranks[1].norm(dim=-1))
 
 
-def test_half_precision_keeps_the_ranks(tmp_path):
-    """bfloat16 (as this CPU does it: products or emulation) against float32, per query over training examples."""
-    half = Precision.choose(torch.device("cpu"), half=True)
+@pytest.mark.parametrize("emulated", [True, False], ids=["emulated", "autocast"])
+def test_half_precision_keeps_the_ranks(tmp_path, emulated):
+    """bfloat16 against float32: per query, over training examples; both ways to bfloat16, whatever this CPU has.
+
+    The seed's bfloat16 came to 0.96 on GPT-2; with sums in float32 this small task has no excuse for less than 0.99.
+    """
+    assert Precision.choose(torch.device("cpu"), half=True).is_half
+    half = Precision(torch.bfloat16, emulated=emulated)
     scores = {
         name: score(make_study(tmp_path / name, precision=precision), damping="heuristic")
         for name, precision in {"float32": Precision(), "bfloat16": half}.items()
@@ -182,12 +202,15 @@ def test_half_precision_keeps_the_ranks(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shared", [False, True], ids=["plain", "layer called twice"])
-def test_compiled_and_eager_agree(tmp_path, shared):
-    """torch.compile with probes against eager mode with the outputs themselves."""
-    scores, factors = {}, {}
+def test_compiled_and_eager_agree(tmp_path, monkeypatch, shared):
+    """torch.compile with probes against eager mode with the outputs themselves; most batches do run compiled."""
+    compiled = []
+    run_compiled = GradientPass._run_compiled
+    monkeypatch.setattr(GradientPass, "_run_compiled", lambda *args: compiled.append(1) or run_compiled(*args))
+    numbers = {}
     for compile in (False, True):
         runtime = Runtime(precision=Precision(torch.float64, torch.float64), seed=SEED, compile=compile)
         study = make_study(tmp_path / str(compile), PaddedTinyTask(), runtime=runtime, shared=shared)
-        scores[compile] = score(study)
-        factors[compile] = recomposed_factors(tmp_path / str(compile))
-    assert_same_numbers((scores[False], factors[False]), scores[True], factors[True])
+        numbers[compile] = score(study), recomposed_factors(tmp_path / str(compile))
+    assert len(compiled) > 15
+    assert_same_numbers(numbers[False], *numbers[True])

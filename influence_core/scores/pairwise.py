@@ -94,6 +94,7 @@ class _PairwiseJob:
         self.strategy_names, self.factor_stores = strategy_names, factor_stores
         self.query_dataset, self.plan, self.damping = query_dataset, plan, damping
         self.query_batch_size = query_batch_size
+        self.buffer: Tensor | None = None
         self.train_batches = plan_batches(len(study.train_dataset), train_batch_size, study.runtime)
         self.scores = torch.zeros(
             len(strategy_names),
@@ -227,5 +228,13 @@ class _PairwiseJob:
         chunk = gradient_chunk(layer, precision.product_dtype.itemsize)
         for start in range(0, len(captured.activations), chunk):
             rows = slice(start, min(start + chunk, len(captured.activations)))
-            gradients = layer.flat_gradients(captured.activations[rows], captured.output_gradients[rows])
+            activations, output_gradients = captured.activations[rows], captured.output_gradients[rows]
+            gradients = layer.flat_gradients(activations, output_gradients, out=self._buffer(layer, activations))
             yield rows, precision.operand(gradients)
+
+    def _buffer(self, layer: TrackedLayer, activations: Tensor) -> Tensor:
+        """[rows, parameters] to write into, the same memory each time: on a CPU, fresh pages cost like a product."""
+        size = len(activations) * layer.num_parameters
+        if self.buffer is None or self.buffer.numel() < size:
+            self.buffer = activations.new_empty(size)
+        return self.buffer[:size].view(len(activations), layer.num_parameters)

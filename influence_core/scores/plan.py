@@ -10,6 +10,7 @@ For two parts the count is, with P parameters and T positions, an example: 9 PT 
 from dataclasses import dataclass
 
 from influence_core.errors import UserError
+from influence_core.factors.lambdas import lambda_chunk
 from influence_core.layers import TrackedLayer
 from influence_core.losses import CHUNK_BYTES
 from influence_core.passes import Probe
@@ -33,6 +34,7 @@ class Work:
     in_eigenbasis: bool  # whether any strategy is
     needs_lambda: bool
     sum_bytes: int = 4
+    device_type: str = "cpu"
 
     @property
     def num_rows(self) -> int:
@@ -156,9 +158,12 @@ def fit_peaks(layers: list[TrackedLayer], work: Work) -> dict[str, int]:
         largest = max(max(layer.shape) for layer in layers)
         peaks["eigendecomposition"] = squares + 5 * 8 * largest**2
     if work.needs_lambda:
-        buffer = max(work.factor_batch_size * layer.num_parameters for layer in layers) * work.sum_bytes
         lambda_matrices = sum(layer.num_parameters for layer in layers) * work.sum_bytes
-        peaks["lambda"] = squares * work.in_eigenbasis + lambda_matrices + batch + 2 * min(buffer, 256 << 20)
+        buffer = work.sum_bytes * max(
+            min(work.factor_batch_size, lambda_chunk(layer, work.sum_bytes, work.device_type)) * layer.num_parameters
+            for layer in layers
+        )
+        peaks["lambda"] = squares * work.in_eigenbasis + lambda_matrices + batch + 2 * buffer
     return peaks
 
 
