@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from influence_core.batches import iterate_batches
-from influence_core.factors.fit import fit_factors
+from influence_core.factors.fit import fit_factors, refuse_foreign_factors
 from influence_core.factors.strategies import Damping, find_strategy
 from influence_core.layers import TrackedLayer
 from influence_core.passes import LossFunction, Probe
@@ -41,6 +41,7 @@ def analyze(
     require_writable(study.output_dir)
     if not study.overwrite:  # refuse before the work rather than after it
         for name in strategy_names:
+            refuse_foreign_factors(study, name)
             pairwise_score_store(study, name, query_dataset, damping).manifest()
     work = Work(
         num_train=len(study.train_dataset),
@@ -68,7 +69,7 @@ def plan_analysis(study: Study, work: Work, memory_budget: int | None) -> Plan:
     """Make the plan and print it."""
     in_use = study.runtime.used_memory()
     budget = study.runtime.free_memory() if memory_budget is None else memory_budget - in_use
-    plan = make_plan(study.layers, work, budget)
+    plan = make_plan(study.layers, work, budget, in_use)
     study.runtime.print(describe_plan(plan, study.layers, work, in_use, budget))
     study.runtime.print(f"  numbers  {study.runtime.precision.description}, on {study.runtime.device}")
     study.planned_memory = in_use + max(plan.peak_bytes.values())

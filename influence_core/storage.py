@@ -50,10 +50,11 @@ class StageStore:
         """
         try:
             manifest = json.loads(self.manifest_path.read_text())
-            stored = manifest["settings"]
+            stored = dict(manifest["settings"])
+            _ = [entry["sha256"] for entry in manifest["files"].values()]
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{self.manifest_path} is not readable ({error}); {_REDO}") from None
         differing = [
             f"{key} (stored {stored.get(key)}, now {value})"
@@ -104,14 +105,14 @@ class StageStore:
 
     def checksum(self) -> str:
         """One checksum over the files of a finished stage: what a later stage says it was made from."""
-        entries = json.loads(self.manifest_path.read_text())["files"]
+        entries = self.manifest()["files"]
         return _digest(entries[name]["sha256"].encode() for name in sorted(entries))
 
     def discard(self) -> None:
         """Forget a stored result: the manifest first, so that nothing half-removed is ever taken for whole."""
         try:
             names = list(json.loads(self.manifest_path.read_text())["files"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, LookupError, TypeError):
             names = []
         paths = [self.manifest_path, *(self.directory / Path(name).name for name in names)]
         for path in [*paths, *self.directory.glob(f"{self.stage}.progress.*")]:
@@ -178,8 +179,8 @@ def _write_whole(path: Path, write) -> None:
         except BaseException:
             os.unlink(temporary)
             raise
-    except OSError as error:
-        raise UserError(f"{path} can't be written: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+        raise UserError(f"{path} can't be written: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _link(source: Path, target: str) -> None:

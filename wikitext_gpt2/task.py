@@ -61,6 +61,8 @@ class WikiTextTask(ExampleTask):
         self.config_overrides = parse_overrides(config_overrides or "")
         self.dataset_source, self.dataset_config = dataset_name_or_path, dataset_config
         self.block_size, self.vocab_size = block_size, vocab_size
+        if block_size < 2:
+            raise UserError(f"--block_size must be at least 2, so that there is a next token, not {block_size}")
         self.is_demo = dataset_name_or_path == DEMO_CORPUS
         self.checkpoint_dir = None
 
@@ -79,40 +81,64 @@ class WikiTextTask(ExampleTask):
 
     @cached_property
     def tokenizer(self):
-        if self.checkpoint_dir is not None:
-            return AutoTokenizer.from_pretrained(self.checkpoint_dir)
-        if self.is_demo:
+        if self.checkpoint_dir is None and self.is_demo:
             return train_tokenizer(list(demo_corpus().values()), self.vocab_size)
-        source = self.tokenizer_source
-        return load_from(source, "--tokenizer_name_or_path", lambda: AutoTokenizer.from_pretrained(source))
+        source, flag = self.tokenizer_source, "--tokenizer_name_or_path"
+        if self.checkpoint_dir is not None:
+            source, flag = self.checkpoint_dir, "--checkpoint_dir"
+        tokenizer = load_from(source, flag, lambda: AutoTokenizer.from_pretrained(source))
+        if len(tokenizer) <= len(
+            tokenizer.all_special_tokens
+        ):  # what transformers makes of a directory without a tokenizer
+            raise UserError(f"there is no tokenizer in {flag} {source}")
+        return tokenizer
 
     def load_model(self, checkpoint_dir):
         self.checkpoint_dir = checkpoint_dir
+        model = self._load_model(checkpoint_dir)
+        if self.block_size > model.config.n_positions:
+            raise UserError(
+                f"--block_size {self.block_size} is more than the model's {model.config.n_positions} positions"
+            )
+        return model
+
+    def _load_model(self, checkpoint_dir) -> nn.Module:
         if checkpoint_dir is not None:
-            return _load_causal_lm(checkpoint_dir)
-        config = self._config_from_scratch()
-        if config is None:
+            return load_from(checkpoint_dir, "--checkpoint_dir", lambda: _load_causal_lm(checkpoint_dir))
+        if not self._starts_from_scratch:
             source = self.model_source
             return load_from(source, "--model_name_or_path", lambda: _load_causal_lm(source))
-        if is_main_process():
-            print(f"Training from scratch: {config.n_layer} layers of {config.n_embd}, vocabulary {config.vocab_size}")
-        return AutoModelForCausalLM.from_config(config)
-
-    def _config_from_scratch(self):
-        """The config of a model without weights, or None where there are weights to start from."""
-        directory = Path(self.model_source or ".")
-        has_weights = any(itertools.chain(directory.glob("*.safetensors*"), directory.glob("pytorch_model*")))
-        is_local = self.model_source is not None and directory.is_dir()
-        if not self.config_overrides and (not is_local or has_weights):
-            return None
-        overrides = {"vocab_size": len(self.tokenizer), "activation_function": FUSED_GELU, **self.config_overrides}
-        overrides |= {f"{which}_token_id": self.tokenizer.eos_token_id for which in ("bos", "eos")}
         unknown = [key for key in self.config_overrides if not hasattr(GPT2Config(), key)]
         if unknown:
             raise UserError(f"--config_overrides: a GPT2Config has no {', '.join(unknown)}")
-        if is_local and (directory / "config.json").exists():
-            return AutoConfig.from_pretrained(directory, **overrides)
-        return GPT2Config(**overrides)
+        if self.config_overrides and self._has_weights:
+            raise UserError(
+                f"--config_overrides makes a new model, but {self.model_source} holds trained weights: leave one out"
+            )
+        overrides = {"vocab_size": len(self.tokenizer), "activation_function": FUSED_GELU, **self.config_overrides}
+        overrides |= {f"{which}_token_id": self.tokenizer.eos_token_id for which in ("bos", "eos")}
+        try:
+            if self.model_source and Path(self.model_source, "config.json").is_file():
+                config = AutoConfig.from_pretrained(self.model_source, **overrides)
+            else:
+                config = GPT2Config(**overrides)
+            model = AutoModelForCausalLM.from_config(config)
+        except Exception as error:  # transformers checks a config in many ways
+            raise UserError(f"no model can be made with this config: {' '.join(str(error).split())}") from None
+        if is_main_process():
+            print(f"Training from scratch: {config.n_layer} layers of {config.n_embd}, vocabulary {config.vocab_size}")
+        return model
+
+    @property
+    def _starts_from_scratch(self) -> bool:
+        """With --config_overrides, or from a local directory without weights."""
+        is_local = self.model_source is None or Path(self.model_source).is_dir()
+        return bool(self.config_overrides) or (is_local and not self._has_weights)
+
+    @property
+    def _has_weights(self) -> bool:
+        directory = Path(self.model_source or "/nowhere")
+        return any(itertools.chain(directory.glob("*.safetensors*"), directory.glob("pytorch_model*")))
 
     def tracked_layer_names(self, model):
         return [

@@ -27,8 +27,8 @@ def _analyze(task_class: type[ExampleTask], arguments) -> None:
     checkpoint_dir = Path(arguments.checkpoint_dir)
     if not (checkpoint_dir / "config.json").exists():
         raise UserError(
-            f"no checkpoint in {checkpoint_dir}: make one with `python {task_class.name}/train.py "
-            f"--checkpoint_dir {checkpoint_dir}`, or name another with --checkpoint_dir"
+            f"no checkpoint in {checkpoint_dir}: make one with `python {task_class.name}/train.py --preset "
+            f"{arguments.preset} --checkpoint_dir {checkpoint_dir}`, or name another with --checkpoint_dir"
         )
     runtime = Runtime.start(arguments.use_ddp, arguments.use_half_precision, arguments.use_compile, arguments.seed)
     try:

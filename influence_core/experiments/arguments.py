@@ -93,10 +93,13 @@ def parse(task_class: type[ExampleTask], script: str, description: str, argv: li
 
 def read_training_record(checkpoint_dir: str) -> dict:
     """What train.py noted in the checkpoint; empty for a checkpoint made elsewhere."""
+    path = Path(checkpoint_dir) / TRAINING_RECORD
     try:
-        return json.loads((Path(checkpoint_dir) / TRAINING_RECORD).read_text())
-    except (OSError, ValueError):
+        return dict(json.loads(path.read_text()))
+    except (FileNotFoundError, NotADirectoryError):
         return {}
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is not readable ({error}): train again, or remove it to give all flags") from None
 
 
 def check_size(arguments: argparse.Namespace, flag: str, size: int, of: str) -> int:
@@ -180,10 +183,15 @@ def _check_values(arguments: argparse.Namespace) -> None:
     at_least_zero = {"weight_decay", "show_queries", "num_train_epochs"}
     for flag, value in vars(arguments).items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if flag == "seed" and not 0 <= value < 2**32:
+            raise UserError(f"--seed must be from 0 to 2^32 - 1, not {value}")
         if not is_number or flag == "seed":
             continue
         if not (value >= 0 if flag in at_least_zero else value > 0):
             raise UserError(f"--{flag} must be {'at least 0' if flag in at_least_zero else 'positive'}, not {value}")
-    unknown = [name for name in getattr(arguments, "factor_strategy", None) or [] if name not in STRATEGIES]
+    strategies = getattr(arguments, "factor_strategy", None) or []
+    if len(set(strategies)) < len(strategies):
+        raise UserError(f"--factor_strategy names one twice: {' '.join(strategies)}")
+    unknown = [name for name in strategies if name not in STRATEGIES]
     if unknown:
         raise UserError(f"unknown factor strategy {unknown[0]!r}: choose from {', '.join(STRATEGIES)}")

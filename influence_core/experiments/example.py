@@ -4,9 +4,12 @@ import argparse
 import os
 from abc import abstractmethod
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
+import datasets
+import huggingface_hub
 import torch
 from torch import Tensor, nn
 
@@ -41,16 +44,35 @@ class ExampleTask(InfluenceTask):
 
 def load_from(source: str, flag: str, load: Callable[[], Any]) -> Any:
     """Load a model, tokenizer or dataset from a local directory or the Hub; UserError with advice otherwise."""
+    is_local = Path(source).is_dir()
+    if not is_local:
+        _work_offline_if_unreachable()
     try:
         return load()
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if Path(source).is_dir():
+    except Exception as error:  # loaders of other libraries raise what they like
+        reason = first_line(error)
+        if is_local:
             raise UserError(f"can't load {flag} {source}: {reason}") from None
         raise UserError(
             f"can't load {flag} {source}: it is no local directory, and it could not be had from the Hub (no network, "
             f"or no such name): give a local directory with {flag}"
         ) from None
+
+
+@cache
+def _work_offline_if_unreachable() -> None:
+    """One quick look whether the Hub answers; if not, only its cache on disk is used, without minutes of retries."""
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return
+    try:
+        huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+    except Exception:  # whatever the session's library raises: there is no way to the Hub
+        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, in one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def parse_overrides(text: str) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -11,13 +10,15 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+from transformers.utils import CONFIG_NAME
 
 from influence_core.errors import UserError
 from influence_core.experiments.arguments import TRAINING_RECORD, check_size, parse, read_training_record, run_script
 from influence_core.experiments.example import ExampleTask
 from influence_core.storage import require_writable, write_json
 
-RECORDED = ("seed", "num_train", "train_batch_size", "learning_rate", "weight_decay", "num_train_epochs")
+RECORDED = ("seed", "num_train", "train_batch_size", "learning_rate", "weight_decay", "num_train_epochs",
+            "use_half_precision")  # fmt: skip
 
 
 def main(task_class: type[ExampleTask], description: str, argv: list[str] | None = None) -> None:
@@ -28,6 +29,7 @@ def main(task_class: type[ExampleTask], description: str, argv: list[str] | None
 def _train(task_class: type[ExampleTask], arguments) -> None:
     checkpoint_dir = Path(arguments.checkpoint_dir)
     record = arguments.task | {flag: getattr(arguments, flag) for flag in RECORDED}
+    _refuse_foreign_directory(checkpoint_dir)
     if not arguments.overwrite and _is_finished(checkpoint_dir, record):
         print(f"Found finished {checkpoint_dir}, trained with the same flags; --overwrite trains again")
         return
@@ -48,6 +50,8 @@ def _train(task_class: type[ExampleTask], arguments) -> None:
     model = fit(task, model, splits["train"], arguments, accelerator)
     for split, dataset in splits.items():
         metrics = evaluate(task, model, dataset, arguments.eval_batch_size, accelerator)
+        if not all(map(math.isfinite, metrics.values())):
+            raise UserError(f"training diverged: {metrics} on the {split} split; lower --learning_rate")
         accelerator.print(f"{split:<10} " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
     if accelerator.is_main_process:
         _save(checkpoint_dir, accelerator.unwrap_model(model), task.tokenizer, record)
@@ -104,8 +108,6 @@ def evaluate(task: ExampleTask, model, dataset, batch_size: int, accelerator: Ac
 def _is_finished(checkpoint_dir: Path, record: dict) -> bool:
     stored = read_training_record(checkpoint_dir)
     if not stored:
-        if (checkpoint_dir / "config.json").exists():
-            raise UserError(f"{checkpoint_dir} holds a model made elsewhere: choose another --checkpoint_dir")
         return False
     record = json.loads(json.dumps(record))
     differing = [
@@ -119,11 +121,26 @@ def _is_finished(checkpoint_dir: Path, record: dict) -> bool:
     return True
 
 
+def _refuse_foreign_directory(checkpoint_dir: Path) -> None:
+    """Nothing that train.py did not make is ever written over."""
+    if checkpoint_dir.is_dir() and any(checkpoint_dir.iterdir()) and not read_training_record(checkpoint_dir):
+        raise UserError(f"{checkpoint_dir} holds files that train.py did not make: choose another --checkpoint_dir")
+
+
 def _save(checkpoint_dir: Path, model, tokenizer, record: dict) -> None:
-    """Write the checkpoint beside its place, then move it there: it is whole or absent."""
+    """Write the checkpoint beside its place, then move its files there; other files in that directory stay.
+
+    A directory without config.json is no checkpoint, and one without the record is not of train.py: an old checkpoint
+    loses both first, and the new one gets them last, so that no mixture is ever taken for whole.
+    """
+    checkpoint_dir = checkpoint_dir.resolve()
     temporary = checkpoint_dir.with_name(f".{checkpoint_dir.name}.{os.getpid()}")
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     write_json(temporary / TRAINING_RECORD, record)
-    shutil.rmtree(checkpoint_dir)
-    os.replace(temporary, checkpoint_dir)
+    marks = [CONFIG_NAME, TRAINING_RECORD]
+    for name in marks:
+        (checkpoint_dir / name).unlink(missing_ok=True)
+    for path in sorted(temporary.iterdir(), key=lambda path: path.name in marks):
+        os.replace(path, checkpoint_dir / path.name)
+    temporary.rmdir()

@@ -57,6 +57,14 @@ def fit_factors(study: Study, strategy_name: str, batch_size: int) -> dict[str, 
     return stores
 
 
+def refuse_foreign_factors(study: Study, strategy_name: str) -> None:
+    """Raise UserError if stored factors were made with other settings, as far as is known before any is fitted."""
+    strategy = find_strategy(strategy_name)
+    stages = ["covariance", "eigendecomposition"] * strategy.in_eigenbasis + ["lambda"] * strategy.needs_lambda
+    for stage in stages:
+        study.factor_store(factors_name(study, strategy_name), stage).manifest()
+
+
 def factors_name(study: Study, strategy_name: str) -> str:
     """Directory suffix of a strategy's factors and scores."""
     return strategy_name + ("_half" if study.runtime.precision.is_half else "")

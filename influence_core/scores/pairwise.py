@@ -174,15 +174,15 @@ class _PairwiseJob:
             )
             for layer in group
         }  # fmt: skip
-        queries = [self.query_dataset[index] for index in tile]
-        batches = plan_batches(len(queries), self.query_batch_size, runtime)
+        batches = plan_batches(len(tile), self.query_batch_size, runtime)
+        batches = [[tile[index] for index in batch] for batch in batches]
         with (
             runtime.progress(sum(map(len, batches)), f"Query gradients{label}") as bar,
             study.gradient_pass(study.task.measurement, group) as run,
         ):
-            captures = study.captures(run, queries, batches, "measurement")
+            captures = study.captures(run, self.query_dataset, batches, "measurement")
             for batch, captured in captures:
-                first = int(batch[EXAMPLE_INDEX][0])
+                first = int(batch[EXAMPLE_INDEX][0]) - tile.start
                 for layer in group:
                     for rows, gradients in self._flat_gradients(layer, captured.pop(layer.name)):
                         matrices = layer.to_matrix(gradients.to(precision.sum_dtype))

@@ -57,15 +57,22 @@ class Plan:
         return len(self.layer_groups) * len(self.query_tiles)
 
 
-def make_plan(layers: list[TrackedLayer], work: Work, budget: int) -> Plan:
+def make_plan(layers: list[TrackedLayer], work: Work, budget: int, in_use: int = 0) -> Plan:
     """The plan with the fewest FLOPs among those that fit.
 
     Args:
         layers: in the order of the forward pass.
-        budget: bytes that may be taken beyond what is in use.
+        budget: bytes that may be taken beyond the `in_use` bytes that are.
     Raises:
-        UserError: one layer with one query does not fit.
+        UserError: the factor stages, or one layer with one query, do not fit.
     """
+    smallest = max([*fit_peaks(layers, work).values(), *(max(_peaks([layer], work, 1).values()) for layer in layers)])
+    if smallest > budget:
+        raise UserError(
+            f"{gigabytes(in_use + max(budget, -in_use))} of memory is too little: {gigabytes(in_use)} is in use, "
+            f"and at least {gigabytes(smallest)} more is needed; lower --train_batch_size, --query_batch_size and "
+            "--factor_batch_size, or raise --memory_budget_gb"
+        )
     plans = []
     num_tiles = 1
     while num_tiles <= work.num_queries:
@@ -79,13 +86,6 @@ def make_plan(layers: list[TrackedLayer], work: Work, budget: int) -> Plan:
             if len(groups) == 1:
                 break
         num_tiles += 1
-    if not plans:
-        smallest = max(max(_peaks([layer], work, 1).values()) for layer in layers)
-        raise UserError(
-            f"{gigabytes(budget)} of memory is too little: the largest layer with a single query needs "
-            f"{gigabytes(smallest)}; lower --train_batch_size, --query_batch_size and --factor_batch_size, or raise "
-            "--memory_budget_gb"
-        )
     return min(plans, key=lambda plan: (plan.pairwise_flops, plan.num_passes))
 
 

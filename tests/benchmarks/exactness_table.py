@@ -1,6 +1,6 @@
 """Largest relative error of each stage and strategy against tests/reference.py (float64), as a table.
 
-    python -m tests.benchmarks.exactness_table
+python -m tests.benchmarks.exactness_table
 """
 
 import tempfile
