@@ -1,10 +1,16 @@
 """What several test files share."""
 
+import os
 import shutil
 
 import pytest
+import torch
 
 from tests.scripts import ANALYZE, TRAIN, run
+
+# Products this small lose more to a second thread, tenfold on a busy machine, than it gives; processes inherit it.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -120,7 +120,7 @@ def main():
     parser.add_argument("--damping", type=float, default=1e-8)
     parser.add_argument("--half", action="store_true")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="of the timing; 0: agreement only")
     parser.add_argument("--seed", type=int, default=1004)
     parser.add_argument("--out", type=Path, default=Path("benchmark_results/compare_with_kronfluence.json"))
     parser.set_defaults(
@@ -173,17 +173,23 @@ def main():
                 row["ours"].append(pairwise)
                 row["theirs"].append(theirs)
 
-    print(f"\n{'stage':<28} {'ours (s)':>9} {'theirs (s)':>10} {'ratio':>6}")
     result["stages"] = {}
+    if rows:
+        print_times(rows, result, peaks)
+    result["arguments"] = {key: str(value) for key, value in vars(arguments).items()}
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def print_times(rows, result, peaks):
+    """The table of medians; also noted in the result."""
+    print(f"\n{'stage':<28} {'ours (s)':>9} {'theirs (s)':>10} {'ratio':>6}")
     for stage, row in rows.items():
         ours, theirs = median(row["ours"]), median(row["theirs"])
         result["stages"][stage] = {"ours": ours, "theirs": theirs, "ratio": theirs / ours, "all": row}
         print(f"{stage:<28} {ours:>9.2f} {theirs:>10.2f} {theirs / ours:>5.2f}x")
     result["matrix_product_gflops"] = median(peaks)
     print(f"matrix-product peak in this run: {result['matrix_product_gflops']:.0f} GFLOP/s")
-    result["arguments"] = {key: str(value) for key, value in vars(arguments).items()}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 TASK_FLAGS = (
