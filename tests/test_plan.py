@@ -96,10 +96,12 @@ def test_the_factor_stages_keep_to_the_budget_too():
 
 def test_flops_of_two_groups_are_fewer_than_of_two_tiles():
     """9 PT against 12 PT: a group's pass does not go below the group, and makes the group's gradients alone."""
-    dots = 2 * NUM_QUERIES * PARAMETERS
+    dots = 2 * NUM_TRAIN * NUM_QUERIES * PARAMETERS
     gradients = 2 * POSITIONS * PARAMETERS
-    groups = NUM_TRAIN * (2 * FORWARD + 1.5 * BACKWARD + gradients + dots)
-    tiles = NUM_TRAIN * (2 * FORWARD + 2 * BACKWARD + 2 * gradients + dots)
+    rotations = NUM_QUERIES * 4 * PARAMETERS * 2 * WIDTH  # the query side: Q_G Q_G^T g Q_A Q_A^T
+    groups = (NUM_TRAIN + NUM_QUERIES) * (2 * FORWARD + 1.5 * BACKWARD + gradients) + dots + rotations
+    tiles = NUM_TRAIN * (2 * FORWARD + 2 * BACKWARD + 2 * gradients) + dots + rotations
+    tiles += NUM_QUERIES * (FORWARD + BACKWARD + gradients)
     split = make_plan(layers(), work(), peak(make_plan(layers(), work(), 1 << 40)) - 1)
     assert split.num_passes == 2
     assert split.pairwise_flops == pytest.approx(groups)

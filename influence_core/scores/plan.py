@@ -75,7 +75,7 @@ def make_plan(layers: list[TrackedLayer], work: Work, budget: int, in_use: int =
         )
     plans = []
     num_tiles = 1
-    while num_tiles <= work.num_queries:
+    while num_tiles <= work.num_queries and all(num_tiles <= plan.num_passes for plan in plans):
         tile_size = -(-work.num_queries // num_tiles)
         tiles = [
             range(start, min(start + tile_size, work.num_queries)) for start in range(0, work.num_queries, tile_size)
@@ -186,15 +186,20 @@ def fit_flops(layers: list[TrackedLayer], work: Work) -> dict[str, float]:
 
 
 def _cost(groups: list[list[TrackedLayer]], tiles: list[range], layers: list[TrackedLayer], work: Work) -> Plan:
-    per_example = 0.0
     parameters = sum(layer.num_parameters for layer in layers)
-    below = 0
-    for group in groups:
-        in_group = sum(layer.num_parameters for layer in group)
-        per_example += work.train.forward_flops + work.train.backward_flops * (1 - below / parameters)
-        per_example += sum(2 * work.train.positions[layer.name] * layer.num_parameters for layer in group)
-        below += in_group
-    flops = work.num_train * (len(tiles) * per_example + 2 * work.num_rows * parameters)
+
+    def gradient_flops(probe: Probe) -> float:
+        """Of one example, all groups: a whole forward pass, the backward pass down to the group, its gradients."""
+        flops, below = 0.0, 0
+        for group in groups:
+            flops += probe.forward_flops + probe.backward_flops * (1 - below / parameters)
+            flops += sum(2 * probe.positions[layer.name] * layer.num_parameters for layer in group)
+            below += sum(layer.num_parameters for layer in group)
+        return flops
+
+    rotations = sum(4 * layer.num_parameters * sum(layer.shape) for layer in layers) * work.in_eigenbasis
+    flops = work.num_queries * (gradient_flops(work.query) + work.num_strategies * rotations)
+    flops += work.num_train * (len(tiles) * gradient_flops(work.train) + 2 * work.num_rows * parameters)
     peaks = fit_peaks(layers, work)
     for group in groups:
         for stage, peak in _peaks(group, work, len(tiles[0])).items():
