@@ -1,6 +1,7 @@
 """From a study to scores, in one call: plan, factors, pairwise scores."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -53,8 +54,9 @@ def analyze(
         train=_probe(study, study.train_dataset, study.fisher_loss, study.layers),
         query=_probe(study, query_dataset, study.task.measurement, study.layers),
         operand_bytes=study.runtime.precision.operand_dtype.itemsize,
-        in_eigenbasis=any(strategy.in_eigenbasis for strategy in strategies),
-        needs_lambda=any(strategy.needs_lambda for strategy in strategies),
+        product_bytes=study.runtime.precision.product_dtype.itemsize,
+        num_in_eigenbasis=sum(strategy.in_eigenbasis for strategy in strategies),
+        num_with_lambda=sum(strategy.needs_lambda for strategy in strategies),
         sum_bytes=study.runtime.precision.sum_dtype.itemsize,
         device_type=study.runtime.device.type,
     )
@@ -69,6 +71,7 @@ def plan_analysis(study: Study, work: Work, memory_budget: int | None) -> Plan:
     """Make the plan and print it."""
     in_use = study.runtime.used_memory()
     budget = study.runtime.free_memory() if memory_budget is None else memory_budget - in_use
+    budget = study.runtime.smallest(budget)  # all processes follow one plan
     plan = make_plan(study.layers, work, budget, in_use)
     study.runtime.print(describe_plan(plan, study.layers, work, in_use, budget))
     study.runtime.print(f"  numbers  {study.runtime.precision.description}, on {study.runtime.device}")
@@ -77,7 +80,9 @@ def plan_analysis(study: Study, work: Work, memory_budget: int | None) -> Plan:
 
 
 def _probe(study: Study, dataset: Sequence[Any], loss: LossFunction, layers: list[TrackedLayer]) -> Probe:
-    """What one example takes."""
-    batch = next(iterate_batches(study.task, dataset, [[0]], study.runtime))
+    """What one example takes: by one, and by the same one twice, to tell what more examples would not multiply."""
+    batches = iterate_batches(study.task, dataset, [[0], [0, 0]], study.runtime)
     with study.gradient_pass(loss, layers) as run:
-        return run.probe(batch)
+        one, two = map(run.probe, batches)
+    num_bytes = two.num_bytes - one.num_bytes
+    return replace(one, num_bytes=num_bytes, fixed_bytes=one.num_bytes - num_bytes)

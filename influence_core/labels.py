@@ -3,7 +3,7 @@
 The Fisher is an expectation over the model's distribution, so its factors need labels drawn from it. A draw takes one
 uniform number and a search in the cumulative sum (inverse-CDF sampling). The uniform is a function of (seed, example,
 position) alone, so the labels do not depend on batch size, order or number of processes. (Two runs whose logits differ
-by rounding can differ in a label where the uniform falls within rounding of a boundary, about one in a million.)
+by rounding can differ in a label where the uniform falls within rounding of a boundary between two categories.)
 """
 
 import torch

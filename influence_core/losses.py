@@ -69,6 +69,8 @@ def linear_cross_entropy(
     Returns:
         Scalar, nats.
     """
+    if not torch.is_grad_enabled():  # else the function would make the gradient of a weight that wants one
+        hidden, weight = hidden.detach(), weight.detach()
     precision = active_precision(hidden)
     carries_loss = labels != ignore_index
     hidden = hidden[carries_loss]

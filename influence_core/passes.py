@@ -38,6 +38,7 @@ class Probe:
     """What one batch takes, for the plan."""
 
     num_bytes: int  # kept between forward and backward, with what is captured
+    fixed_bytes: int  # of these, those that more examples in a batch would not multiply
     forward_flops: int
     backward_flops: int
     positions: dict[str, int]  # rows * positions that each layer sees
@@ -58,42 +59,49 @@ class GradientPass:
         position_mask: MaskFunction = lambda batch, layer_name: None,
         precision: Precision | None = None,
         compile: bool = False,
+        rounded: list[TrackedLayer] | None = None,
     ):
+        """`rounded`: layers that emulated bfloat16 rounds; by default those tracked here."""
         self.model, self.layers, self.loss_function, self.position_mask = model, layers, loss_function, position_mask
         self.precision = precision or Precision()
+        self.rounded = rounded or layers
         self.step = torch.compile(self._step) if compile else None
         self.probe_shapes: dict[tuple, dict[str, list[torch.Size]]] = {}  # by the shapes of the batch
         self.inputs: dict[str, list[Tensor]] = {}
         self.outputs: dict[str, list[Tensor]] = {}
-        self.versions: list[tuple[str, Tensor, int]] = []  # of each output when it was made
+        self.versions: list[tuple[str, Tensor, int]] = []  # of each input and output when the layer was called
         self.probes: dict[str, list[Tensor]] | None = None
 
     def __enter__(self) -> "GradientPass":
         self.requires_grad = [parameter.requires_grad for parameter in self.model.parameters()]
         self.training = [module.training for module in self.model.modules()]
         self.exact_weights: list[Tensor] = []
+        self.handles = []
         self.model.requires_grad_(False).eval()
         if self.precision.emulated:
-            for layer in self.layers:
+            for layer in self.rounded:
                 self.exact_weights.append(layer.module.weight.data)
                 layer.module.weight.data = self.precision.operand(layer.module.weight.data)
-        self.handles = []
-        for layer in self.layers:
-            if self.precision.emulated:
                 self.handles.append(layer.module.register_forward_pre_hook(self._round_input))
+        for layer in self.layers:
             self.handles.append(layer.module.register_forward_hook(self._hook(layer.name)))
+        if self.precision.emulated:  # after the hooks above: so that the output's gradient is rounded as well
+            for layer in self.rounded:
+                self.handles.append(layer.module.register_forward_hook(self._round_output))
         return self
 
     def __exit__(self, *exception) -> None:
         for handle in self.handles:
             handle.remove()
-        for layer, weight in zip(self.layers, self.exact_weights):
+        for layer, weight in zip(self.rounded, self.exact_weights):
             layer.module.weight.data = weight
         for parameter, requires_grad in zip(self.model.parameters(), self.requires_grad):
             parameter.requires_grad_(requires_grad)
         for module, training in zip(self.model.modules(), self.training):
             module.training = training
         self._forget()
+        if self.step is not None:
+            torch._dynamo.reset()  # what was compiled knows these hooks
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Captured]]:
         """Run one batch.
@@ -101,7 +109,7 @@ class GradientPass:
         Returns:
             The summed loss (a scalar, detached), and what each layer captured.
         Raises:
-            RuntimeError: a tracked layer was not called, or its output was changed in place.
+            RuntimeError: a tracked layer was not called, or its input or output was changed in place.
             ValueError: rows or the position mask do not fit what the layer saw.
         """
         shapes = tuple((key, value.shape) for key, value in batch.items())
@@ -137,7 +145,7 @@ class GradientPass:
             note(tensor)
         positions = {name: sum(x[..., 0].numel() for x in calls) for name, calls in self.inputs.items()}
         self._forget()
-        return Probe(sum(storages.values()), forward_flops, counter.get_total_flops() - forward_flops, positions)
+        return Probe(sum(storages.values()), 0, forward_flops, counter.get_total_flops() - forward_flops, positions)
 
     def _forget(self) -> None:
         self.inputs, self.outputs, self.versions, self.probes = {}, {}, [], None
@@ -145,19 +153,20 @@ class GradientPass:
     def _round_input(self, module: nn.Module, arguments: tuple):
         return (self.precision.operand(arguments[0]), *arguments[1:])
 
+    def _round_output(self, module: nn.Module, arguments: tuple, output: Tensor) -> Tensor:
+        return self.precision.operand(output)
+
     def _hook(self, name: str):
         def keep(module: nn.Module, arguments: tuple, output: Tensor) -> Tensor:
-            self.inputs.setdefault(name, []).append(arguments[0].detach())
+            kept = arguments[0].detach()  # shares memory and version counter with what the model goes on to use
+            self.inputs.setdefault(name, []).append(kept)
             calls = self.outputs.setdefault(name, [])
             if self.probes is not None:
                 calls.append(output)
                 return output + self.probes[name][len(calls) - 1]
-            if not output.requires_grad:
-                output.requires_grad_()
-            calls.append(output)
-            self.versions.append((name, output, output._version))
-            # Emulated bfloat16 rounds the output, and with it the output's gradient, as a bfloat16 layer would.
-            return self.precision.operand(output) if self.precision.emulated else output
+            self.versions += [(name, tensor, tensor._version) for tensor in (kept, output)]
+            calls.append(output.requires_grad_())
+            return output.view_as(output)  # the model goes on with a tensor that is never a leaf of the graph
 
         return keep
 
@@ -171,8 +180,8 @@ class GradientPass:
         for name, output, version in self.versions:
             if output._version != version:
                 raise RuntimeError(
-                    f"the output of layer {name} is changed in place by the model, so its gradient cannot be had; "
-                    "use an out-of-place operation after it"
+                    f"the input or output of layer {name} is changed in place by the model after the layer's call, so "
+                    "its gradient cannot be had; use an out-of-place operation there"
                 )
         return loss, self._gradients(loss, self.outputs)
 
@@ -184,7 +193,8 @@ class GradientPass:
             name: [torch.zeros(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes]
             for name, shapes in probe_shapes.items()
         }
-        loss, self.inputs = self.step(batch, probes)
+        with torch._dynamo.config.patch(recompile_limit=64):  # by the shapes of batches
+            loss, self.inputs = self.step(batch, probes)
         return loss, self._gradients(loss, probes)
 
     def _step(self, batch: Batch, probes: dict) -> tuple[Tensor, dict[str, list[Tensor]]]:

@@ -1,13 +1,15 @@
 """Which number formats are used where: the one place that decides it.
 
 float32:  model, products and sums in float32.
-bfloat16: operands of products (model and influence) rounded to bfloat16, products accumulated in float32; the residual
-          stream, losses, covariances, eigenvectors, Lambda and scores stay float32 (eigh in float64 always).
+bfloat16: operands of products (model, per-sample gradients, scores) rounded to bfloat16, products accumulated in
+          float32; the residual stream, losses, covariances, eigenvectors, Lambda, preconditioning and scores stay
+          float32 (eigh in float64 always).
 float64:  everything in float64, for tests.
 
-A device whose matrix units take bfloat16 runs it through autocast. Elsewhere (most CPUs, whose bfloat16 products are
-hundreds of times slower than float32) it is emulated: operands are rounded to bfloat16 and multiplied in float32, which
-is what matrix units compute. It saves no time there; it shows what half precision does to the numbers.
+On a GPU the model runs under autocast. On a CPU (where most multiply bfloat16 hundreds of times slower than float32) it
+is emulated: inputs, weights and outputs of the tracked layers and of the head, and the operands of the influence
+products, are rounded to bfloat16 and multiplied in float32, which is what matrix units compute. It saves no time there;
+it shows what half precision does to the numbers.
 """
 
 import contextlib
@@ -35,7 +37,7 @@ class Precision:
             return cls()
         if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise UserError(f"{torch.cuda.get_device_name()} has no bfloat16; run without --use_half_precision")
-        return cls(operand_dtype=torch.bfloat16, emulated=device.type == "cpu" and not _cpu_multiplies_bfloat16())
+        return cls(operand_dtype=torch.bfloat16, emulated=device.type == "cpu")
 
     @property
     def name(self) -> str:
@@ -100,8 +102,3 @@ def active_precision(x: Tensor) -> Precision:
     if _ACTIVE.get() is None and torch.is_autocast_enabled(x.device.type):
         return Precision(torch.get_autocast_dtype(x.device.type), own.sum_dtype)
     return _ACTIVE.get() or own
-
-
-def _cpu_multiplies_bfloat16() -> bool:
-    """Whether the CPU has bfloat16 matrix instructions."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -49,6 +49,7 @@ class Runtime:
         device = torch.device(f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
         if device.type == "cuda":
             torch.cuda.set_device(device)
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums are float32
         precision = Precision.choose(device, use_half_precision)
         if use_ddp:
             backend = "nccl" if device.type == "cuda" else "gloo"
@@ -80,14 +81,23 @@ class Runtime:
         )
 
     def all_reduce(self, tensors: Iterable[Tensor]) -> None:
-        """Sum each tensor over processes, in place."""
+        """Sum each tensor (contiguous) over processes, in place."""
         if self.world_size > 1:
             for tensor in tensors:
+                assert tensor.is_contiguous()
                 dist.all_reduce(tensor)
 
-    def broadcast(self, tensor: Tensor, source: int) -> None:
-        """Give every process the tensor of rank `source`, in place."""
+    def smallest(self, value: int) -> int:
+        """The smallest of the processes' values: what all of them can do."""
+        tensor = torch.tensor(value, device=self.device)
         if self.world_size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MIN)
+        return int(tensor)
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        """Give every process the tensor (contiguous) of rank `source`, in place."""
+        if self.world_size > 1:
+            assert tensor.is_contiguous()
             dist.broadcast(tensor, source)
 
     def barrier(self) -> None:
@@ -111,7 +121,7 @@ class Runtime:
         """Bytes this process has held on its device at most."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def free_memory(self) -> int:
         """Bytes that this process may still take: 90 % of what is free, shared among the processes of a machine."""
@@ -128,7 +138,10 @@ def _free_system_memory() -> int:
         available = next(int(line.split()[1]) * 1024 for line in meminfo if line.startswith("MemAvailable"))
     try:
         with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as current:
-            available = min(available, int(limit.read()) - int(current.read()))
+            limit, current = int(limit.read()), int(current.read())
+        with open("/sys/fs/cgroup/memory.stat") as stat:
+            cached = sum(int(line.split()[1]) for line in stat if line.startswith(("inactive_file ", "active_file ")))
+        available = min(available, limit - current + cached)
     except (OSError, ValueError):  # no control group, or no limit ("max")
         pass
     return available

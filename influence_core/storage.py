@@ -10,12 +10,14 @@ import json
 import os
 import platform
 import shutil
+import sys
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -94,6 +96,7 @@ class StageStore:
             {
                 "stage": self.stage,
                 "settings": self.settings,
+                "command": sys.argv,
                 "counts": dict(counts or {}),
                 "files": entries,
                 "versions": {name: version(name) for name in ("torch", "transformers", "safetensors")}
@@ -177,7 +180,7 @@ def _write_whole(path: Path, write) -> None:
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
         except BaseException:
-            os.unlink(temporary)
+            Path(temporary).unlink(missing_ok=True)
             raise
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
         raise UserError(f"{path} can't be written: {getattr(error, 'strerror', None) or error}") from None
@@ -185,6 +188,8 @@ def _write_whole(path: Path, write) -> None:
 
 def _link(source: Path, target: str) -> None:
     """A hard link where the file system has them, a copy elsewhere."""
+    if not source.exists():
+        raise UserError(f"{source} is missing; {_REDO}")
     os.unlink(target)
     try:
         os.link(source, target)
@@ -196,7 +201,7 @@ def require_writable(directory: Path) -> None:
     """Make the directory and prove that files can be written there; raises UserError otherwise."""
     probe = Path(directory) / ".writable"
     _write_whole(probe, lambda temporary: None)
-    probe.unlink()
+    probe.unlink(missing_ok=True)  # another process may prove the same
 
 
 def file_checksum(path: Path) -> str:
@@ -234,17 +239,31 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def dataset_fingerprint(dataset: Sequence[Any]) -> str:
-    """A digest of all examples in order; an example is a tensor, or a mapping or sequence of plain values."""
+    """A digest of all examples in order.
+
+    An example is a tensor, array, string, number, boolean or None, or a mapping or sequence of examples.
+
+    Raises:
+        TypeError: it is something else, whose value can't be told from its type.
+    """
 
     def parts(value):
-        if isinstance(value, Tensor):
-            yield f"{value.dtype}{tuple(value.shape)}".encode()
-            yield _tensor_bytes(value)
+        if isinstance(value, Tensor | np.ndarray | np.generic):
+            tensor = torch.as_tensor(value)
+            yield f"{tensor.dtype}{tuple(tensor.shape)}:".encode()
+            yield _tensor_bytes(tensor)
         elif isinstance(value, Mapping):
+            yield f"mapping {len(value)}:".encode()
             for key in sorted(value):
-                yield key.encode()
+                yield f"{key!r}=".encode()
                 yield from parts(value[key])
+        elif isinstance(value, str | bytes | int | float | None):
+            yield f"{value!r};".encode()
+        elif isinstance(value, Sequence):
+            yield f"sequence {len(value)}:".encode()
+            for item in value:
+                yield from parts(item)
         else:
-            yield repr(value).encode()
+            raise TypeError(f"an example holds a {type(value).__name__}: no fingerprint can be made of it")
 
     return _digest(part for index in range(len(dataset)) for part in parts(dataset[index]))

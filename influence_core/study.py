@@ -26,8 +26,11 @@ class Study:
     """What every stage needs to know.
 
     Args:
+        task: what is asked of the model.
         model: on the runtime's device, with the weights that are studied.
         train_dataset: z_1 … z_N, a sequence of examples as the task's `collate` takes them.
+        output_dir: gets a directory for each strategy's factors and scores.
+        runtime: device, precision, processes and seed.
         use_empirical_fisher: factors from the data's own labels instead of sampled ones.
         overwrite: compute stages again although finished results are stored.
         progress_interval: seconds between two notes of progress, from which a killed stage goes on.
@@ -45,6 +48,7 @@ class Study:
     def __post_init__(self):
         self.output_dir = Path(self.output_dir)
         self.profiler = Profiler(self.runtime)
+        self.pending: list[tuple[Tensor, Tensor, str]] = []  # losses not looked at yet: (loss, examples, what)
         self.computed: set[Path] = set()  # manifests of the stages that this process went through
         self.planned_memory: int | None = None  # bytes at the peak, once there is a plan
 
@@ -56,12 +60,17 @@ class Study:
     def settings(self) -> dict[str, Any]:
         """What determines any number that this study stores."""
         return {
+            "task": f"{type(self.task).__module__}.{type(self.task).__qualname__}",
             "model": model_fingerprint(self.model),
             "train_dataset": dataset_fingerprint(self.train_dataset),
             "num_train": len(self.train_dataset),
             "tracked_layers": [layer.name for layer in self.layers],
             "dtype": self.runtime.precision.name,
         }
+
+    def result_name(self, strategy_name: str) -> str:
+        """Directory suffix of a strategy's factors and scores."""
+        return strategy_name + ("_half" if self.runtime.precision.is_half else "")
 
     def factor_store(self, name: str, stage: str, **settings) -> StageStore:
         """Where a factor stage lies; `settings` are those beyond the study's own."""
@@ -81,7 +90,9 @@ class Study:
         """The engine, set up for this study; by default over all tracked layers."""
         layers = self.layers if layers is None else layers
         precision, compile = self.runtime.precision, self.runtime.compile
-        return GradientPass(self.model, layers, loss_function, self.task.position_mask, precision, compile)
+        return GradientPass(
+            self.model, layers, loss_function, self.task.position_mask, precision, compile, rounded=self.layers
+        )
 
     def captures(
         self, run: GradientPass, dataset: Sequence[Any], batches: list[list[int]], what: str
@@ -91,15 +102,25 @@ class Study:
         Raises:
             UserError: the loss of a batch is NaN or infinite.
         """
-        pending = []
         for batch in iterate_batches(self.task, dataset, batches, self.runtime):
             loss, captured = run(batch)
-            pending.append((loss, batch[EXAMPLE_INDEX]))
+            self.pending.append((loss, batch[EXAMPLE_INDEX], what))
             # Reading a loss waits for the device, so on a GPU they are read in bunches.
-            if self.runtime.device.type == "cpu" or len(pending) == 32:
-                _check_finite(pending, what)
+            if self.runtime.device.type == "cpu" or len(self.pending) == 32:
+                self.check_losses()
             yield batch, captured
-        _check_finite(pending, what)
+        self.check_losses()
+
+    def check_losses(self) -> None:
+        """Raise UserError if a loss since the last look is NaN or infinite; to be called before anything is stored."""
+        pending, self.pending = self.pending, []
+        for loss, examples, what in pending:
+            if not loss.isfinite():
+                first, last = int(examples[0]), int(examples[-1])
+                raise UserError(
+                    f"the {what} of the batch of examples {first} to {last} is {float(loss)}: look at these examples "
+                    "and at the checkpoint (a diverged training run?)"
+                )
 
     @contextmanager
     def stage(self, store: StageStore, twins: Sequence[StageStore] = ()):
@@ -146,14 +167,3 @@ class ProgressClock:
         if due:
             self.last = time.monotonic()
         return due
-
-
-def _check_finite(pending: list[tuple[Tensor, Tensor]], what: str) -> None:
-    for loss, examples in pending:
-        if not loss.isfinite():
-            first, last = int(examples[0]), int(examples[-1])
-            raise UserError(
-                f"the {what} of the batch of examples {first} to {last} is {float(loss)}: look at these examples and "
-                "at the checkpoint (a diverged training run?)"
-            )
-    pending.clear()

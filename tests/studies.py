@@ -8,8 +8,6 @@ from influence_core.study import Study
 from tests.test_exactness import DAMPING, FLOAT64, SEED, load
 from tests.tiny import TinyTask
 
-torch.set_num_threads(1)  # products this small lose more to a second thread, tenfold on a busy machine, than it gives
-
 STRATEGIES = ("identity", "diagonal", "kfac", "ekfac")
 BATCH_SIZES = {"query_batch_size": 4, "train_batch_size": 7, "factor_batch_size": 6}
 

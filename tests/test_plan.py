@@ -29,10 +29,10 @@ def layers():
 
 
 def work(**changes):
-    probe = Probe(1 << 20, FORWARD, BACKWARD, {str(index): POSITIONS for index in range(NUM_LAYERS)})
+    probe = Probe(1 << 20, 0, FORWARD, BACKWARD, {str(index): POSITIONS for index in range(NUM_LAYERS)})
     sizes = {"num_train": NUM_TRAIN, "num_queries": NUM_QUERIES, "num_strategies": 1}
     sizes |= {"train_batch_size": 2, "query_batch_size": 2, "factor_batch_size": 2}
-    needs = {"operand_bytes": 4, "in_eigenbasis": True, "needs_lambda": True}
+    needs = {"operand_bytes": 4, "product_bytes": 4, "num_in_eigenbasis": 1, "num_with_lambda": 1}
     return Work(**(sizes | needs | {"train": probe, "query": probe} | changes))
 
 

@@ -115,29 +115,34 @@ def test_processes_that_were_stopped_go_on_each_where_it_was(tmp_path):
 
 
 def unequal_memory(directory, runtime):
-    """(number of passes, scores) where the second process has less memory."""
-    passes = []
+    """(number of passes, bytes that one pass takes, scores), where the second process has a byte too little for it."""
+    plans = []
 
-    def make_plan(*arguments):
-        plan = planning.make_plan(*arguments)
-        passes.append(plan.num_passes)
-        return plan
+    def make_plan(*arguments, **options):
+        plans.append(planning.make_plan(*arguments, **options))
+        return plans[-1]
 
-    Runtime.used_memory = lambda self: 0
-    Runtime.free_memory = lambda self: 1_000_000_000 if self.rank == 0 else 20_000
-    planning.CHUNK_BYTES = 0  # the logits' share would dwarf this model
-    analysis.make_plan = make_plan
-    scores = score(make_study(directory, runtime=runtime))
-    return passes[0], scores
+    enough = int((directory / "enough").read_text()) if runtime.world_size > 1 else 1 << 40
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Runtime, "used_memory", lambda self: 0)
+        patch.setattr(Runtime, "free_memory", lambda self: enough - self.rank)
+        patch.setattr(planning, "CHUNK_BYTES", 0)  # the logits' share would dwarf this model
+        patch.setattr(analysis, "make_plan", make_plan)
+        scores = score(make_study(directory / str(runtime.world_size), runtime=runtime))
+    needed = max(plans[0].peak_bytes[stage] for stage in ("query gradients", "training pass"))
+    return plans[0].num_passes, needed, scores
 
 
-def test_processes_with_unequal_memory_make_one_plan(tmp_path, single):
+def test_processes_with_unequal_memory_make_one_plan(tmp_path):
     """Free memory is never the same twice; each process's own plan would leave the others waiting for its sums."""
+    passes, enough, expected = unequal_memory(tmp_path, Runtime(precision=FLOAT64, seed=SEED))
+    assert passes == 1
+    (tmp_path / "enough").write_text(str(enough))
     returned = run_processes(unequal_memory, 2, tmp_path, seconds=10)
     assert returned[0][0] == returned[1][0] > 1
-    for _, scores in returned:
+    for *_, scores in returned:
         for strategy in STRATEGIES:
-            assert relative_error(scores[strategy], single[1]["uneven"][strategy]) < 1e-10
+            assert relative_error(scores[strategy], expected[strategy]) < 1e-10
 
 
 def test_the_output_directory_may_be_tried_by_several_processes_at_once(tmp_path):

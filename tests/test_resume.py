@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from influence_core import analysis
+from influence_core.factors import fit
 from influence_core.scores.plan import Plan
 from influence_core.task import EXAMPLE_INDEX
 from tests.studies import make_study, score
@@ -22,31 +23,29 @@ class StoppingTask(TinyTask):
     """Notes the examples of every loss, and stops instead of giving the one after `stop_after` training losses.
 
     Attributes:
-        losses: [(is it of sampled labels, example indices)], in the order of the calls, the planner's left out.
+        losses: [(is it of sampled labels, example indices)], in the order of the calls.
         measured: queries measured, batch by batch.
+    What the planner looks at, the first example alone, is not noted; no other batch here is like that.
     """
 
     def __init__(self, stop_after=None):
         super().__init__()
         self.stop_after = stop_after
-        self.losses, self.measured, self.probing = [], [], True
+        self.losses, self.measured = [], []
 
     def train_loss(self, model, batch, sample_labels=None):
         indices = batch[EXAMPLE_INDEX].tolist()
-        if self.probing:  # the plan is made from the first example
-            assert indices == [0]
-        else:
+        if set(indices) != {0}:
             if len(self.losses) == self.stop_after:
                 raise Stopped
             self.losses.append((sample_labels is not None, indices))
         return super().train_loss(model, batch, sample_labels)
 
     def measurement(self, model, batch):
-        if self.probing:
-            self.probing = False
-        else:
-            self.measured.append(len(batch["labels"]))
-        return TinyTask.train_loss(self, model, batch)
+        indices = batch[EXAMPLE_INDEX].tolist()
+        if set(indices) != {0}:
+            self.measured.append(len(indices))
+        return super().train_loss(model, batch)
 
 
 def start(directory, stop_after=None, strategies=("ekfac",), progress_interval=0.0, **options):
@@ -101,11 +100,33 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, whole, stops):
     assert contents(tmp_path) == whole[2], "a file differs, or progress is left lying about"
 
 
+@pytest.mark.parametrize("stop_after", [0, 1, 4, 5])
+def test_a_stopped_eigendecomposition_goes_on_where_it_was(tmp_path, monkeypatch, whole, stop_after):
+    """Six matrices, each decomposed once by the two runs together."""
+    decomposed = []
+
+    def eigendecomposition(covariance):
+        if len(decomposed) == stop_after and not started_again:
+            raise Stopped
+        decomposed.append(len(covariance))
+        return plain(covariance)
+
+    plain = fit.eigendecomposition
+    monkeypatch.setattr(fit, "eigendecomposition", eigendecomposition)
+    started_again = False
+    assert start(tmp_path)[1] is None
+    started_again = True
+    task, _ = start(tmp_path)
+    assert len(decomposed) == 6
+    assert task.losses == whole[0].losses[FACTOR_BATCHES:]
+    assert contents(tmp_path) == whole[2]
+
+
 @pytest.mark.parametrize("stop_after", [14 + 3, 14 + 6, 14 + 8, 14 + 13, 14 + 23])
 def test_a_run_of_several_passes_goes_on_in_the_pass_where_it_was(tmp_path, monkeypatch, stop_after):
     """Two groups of layers x two tiles of queries = four passes; those finished are not even begun again."""
 
-    def four_passes(layers, work, budget):
+    def four_passes(layers, *_, **__):
         return Plan([layers[:1], layers[1:]], [range(4), range(4, 6)], 0, {"training pass": 0}, 0.0)
 
     monkeypatch.setattr(analysis, "make_plan", four_passes)

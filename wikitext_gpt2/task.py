@@ -1,6 +1,7 @@
 """WikiText-2 with GPT-2: a causal language model on blocks of text; the measurement is the summed cross-entropy."""
 
 import itertools
+import re
 from functools import cached_property
 from pathlib import Path
 
@@ -12,11 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Co
 from influence_core.errors import UserError
 from influence_core.experiments.demo_corpus import demo_corpus, train_tokenizer
 from influence_core.experiments.example import ExampleTask, float64, is_main_process, load_from, parse_overrides, take
+from influence_core.layers import trackable_layer_names
 from influence_core.losses import linear_cross_entropy
 from influence_core.task import EXAMPLE_INDEX
 
 ROWS_PER_GROUP = 1000  # rows of text joined before they are cut into blocks; the rest of each group is dropped
 HELD_OUT = 6  # of the demo's blocks, every sixth of a topic is for validation
+TRACKED = re.compile(r"transformer\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)")
 DEMO_CORPUS = "pydoc_data.topics"  # as --dataset_name_or_path: the corpus of the demo
 
 
@@ -57,7 +60,7 @@ class WikiTextTask(ExampleTask):
         self, model_name_or_path, tokenizer_name_or_path, config_overrides, dataset_name_or_path, dataset_config,
         block_size, vocab_size,
     ):  # fmt: skip
-        self.model_source, self.tokenizer_source = model_name_or_path, tokenizer_name_or_path or model_name_or_path
+        self.model_source, self.tokenizer_source = model_name_or_path, tokenizer_name_or_path
         self.config_overrides = parse_overrides(config_overrides or "")
         self.dataset_source, self.dataset_config = dataset_name_or_path, dataset_config
         self.block_size, self.vocab_size = block_size, vocab_size
@@ -81,25 +84,25 @@ class WikiTextTask(ExampleTask):
 
     @cached_property
     def tokenizer(self):
-        if self.checkpoint_dir is None and self.is_demo:
-            return train_tokenizer(list(demo_corpus().values()), self.vocab_size)
-        source, flag = self.tokenizer_source, "--tokenizer_name_or_path"
+        source, flag = self.tokenizer_source or self.model_source, "--tokenizer_name_or_path"
         if self.checkpoint_dir is not None:
             source, flag = self.checkpoint_dir, "--checkpoint_dir"
+        elif self.is_demo and self.tokenizer_source is None and self._starts_from_scratch and self.vocab_size:
+            return train_tokenizer(list(demo_corpus().values()), self.vocab_size)
+        if source is None:
+            raise UserError("no tokenizer: name one with --tokenizer_name_or_path")
         tokenizer = load_from(source, flag, lambda: AutoTokenizer.from_pretrained(source))
-        if len(tokenizer) <= len(
-            tokenizer.all_special_tokens
-        ):  # what transformers makes of a directory without a tokenizer
+        num_special = len(tokenizer.all_special_tokens)
+        if len(tokenizer) <= num_special:  # what transformers makes of a directory without a tokenizer
             raise UserError(f"there is no tokenizer in {flag} {source}")
         return tokenizer
 
     def load_model(self, checkpoint_dir):
         self.checkpoint_dir = checkpoint_dir
         model = self._load_model(checkpoint_dir)
-        if self.block_size > model.config.n_positions:
-            raise UserError(
-                f"--block_size {self.block_size} is more than the model's {model.config.n_positions} positions"
-            )
+        num_positions = getattr(model.config, "max_position_embeddings", self.block_size)
+        if self.block_size > num_positions:
+            raise UserError(f"--block_size {self.block_size} is more than the model's {num_positions} positions")
         return model
 
     def _load_model(self, checkpoint_dir) -> nn.Module:
@@ -111,10 +114,6 @@ class WikiTextTask(ExampleTask):
         unknown = [key for key in self.config_overrides if not hasattr(GPT2Config(), key)]
         if unknown:
             raise UserError(f"--config_overrides: a GPT2Config has no {', '.join(unknown)}")
-        if self.config_overrides and self._has_weights:
-            raise UserError(
-                f"--config_overrides makes a new model, but {self.model_source} holds trained weights: leave one out"
-            )
         overrides = {"vocab_size": len(self.tokenizer), "activation_function": FUSED_GELU, **self.config_overrides}
         overrides |= {f"{which}_token_id": self.tokenizer.eos_token_id for which in ("bos", "eos")}
         try:
@@ -141,11 +140,7 @@ class WikiTextTask(ExampleTask):
         return any(itertools.chain(directory.glob("*.safetensors*"), directory.glob("pytorch_model*")))
 
     def tracked_layer_names(self, model):
-        return [
-            f"transformer.h.{block}.{layer}"
-            for block in range(len(model.transformer.h))
-            for layer in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-        ]
+        return [name for name in trackable_layer_names(model) if TRACKED.fullmatch(name)]
 
     # ------------------------------------------------------------------------------------------------------- data
 

@@ -73,7 +73,7 @@ def _report(task, study, scores: dict[str, Tensor], query_dataset, show_queries:
     if len(query_dataset) and task.topic(query_dataset[0]) is not None:
         print(describe_topics(task, scores, query_dataset, study.train_dataset))
     for name, matrix in scores.items():
-        path = study.score_store(f"{name}{'_half' if study.runtime.precision.is_half else ''}").directory
+        path = study.score_store(study.result_name(name)).directory
         print(
             f"Scores ({name}): {tuple(matrix.shape)} [queries, training examples] in {path}/pairwise_scores.safetensors"
         )

@@ -1,11 +1,12 @@
 """The flags that the scripts share, their presets, and what may be said with them.
 
-A flag's value is, in this order: what was given on the command line; for the task's own flags, what the checkpoint was
-trained with; the preset's default; the default of all examples.
+A flag's value is, in this order: what was given on the command line; for the task's own flags and --num_train, what the
+checkpoint was trained with; the preset's default; the default of all examples.
 """
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +49,7 @@ def run_script(script: Callable[[], None]) -> None:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; finished stages are stored, and the same command goes on from there", file=sys.stderr)
+        print("interrupted; what was finished is stored", file=sys.stderr)
         sys.exit(130)
 
 
@@ -78,7 +79,7 @@ def parse(task_class: type[ExampleTask], script: str, description: str, argv: li
     values["preset"] = preset
     if script != "train":
         record = read_training_record(given.get("checkpoint_dir", values["checkpoint_dir"]))
-        values |= {flag: record[flag] for flag in task_flags if flag in record}
+        values |= {flag: record[flag] for flag in (*task_flags, "num_train") if flag in record}
     values |= given
     arguments = argparse.Namespace(**{action.dest: None for action in parser._actions if action.dest != "help"})
     vars(arguments).update({key: value for key, value in values.items() if hasattr(arguments, key)})
@@ -146,7 +147,7 @@ def _add_analyze_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", help="where factors and scores lie")
     parser.add_argument("--factor_strategy", nargs="+", help=f"one or more of {', '.join(STRATEGIES)}; several share "
                         "the pass over the training set")  # fmt: skip
-    parser.add_argument("--damping_factor", type=_damping, help=f"an absolute number, or {HEURISTIC}: 0.1 x the "
+    parser.add_argument("--damping_factor", type=damping, help=f"an absolute number, or {HEURISTIC}: 0.1 x the "
                         "layer's mean eigenvalue")  # fmt: skip
     parser.add_argument("--use_empirical_fisher", action="store_true", help="factors from the data's own labels")
     parser.add_argument("--query_batch_size", type=int, help="queries in one forward and backward pass")
@@ -158,7 +159,7 @@ def _add_analyze_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--show_queries", type=int, help="show so many queries with their most influential sequence")
 
 
-def _damping(text: str) -> float | str:
+def damping(text: str) -> float | str:
     return text if text == HEURISTIC else float(text)
 
 
@@ -187,6 +188,8 @@ def _check_values(arguments: argparse.Namespace) -> None:
             raise UserError(f"--seed must be from 0 to 2^32 - 1, not {value}")
         if not is_number or flag == "seed":
             continue
+        if not math.isfinite(value):
+            raise UserError(f"--{flag} must be a finite number, not {value}")
         if not (value >= 0 if flag in at_least_zero else value > 0):
             raise UserError(f"--{flag} must be {'at least 0' if flag in at_least_zero else 'positive'}, not {value}")
     strategies = getattr(arguments, "factor_strategy", None) or []

@@ -55,7 +55,7 @@ def load_from(source: str, flag: str, load: Callable[[], Any]) -> Any:
             raise UserError(f"can't load {flag} {source}: {reason}") from None
         raise UserError(
             f"can't load {flag} {source}: it is no local directory, and it could not be had from the Hub (no network, "
-            f"or no such name): give a local directory with {flag}"
+            f"or no such name): give a local directory with {flag} ({reason})"
         ) from None
 
 

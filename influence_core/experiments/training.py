@@ -3,18 +3,20 @@
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers.utils import CONFIG_NAME
 
 from influence_core.errors import UserError
 from influence_core.experiments.arguments import TRAINING_RECORD, check_size, parse, read_training_record, run_script
-from influence_core.experiments.example import ExampleTask
+from influence_core.experiments.example import ExampleTask, first_line
 from influence_core.storage import require_writable, write_json
 
 RECORDED = ("seed", "num_train", "train_batch_size", "learning_rate", "weight_decay", "num_train_epochs",
@@ -43,6 +45,7 @@ def _train(task_class: type[ExampleTask], arguments) -> None:
     num_train = check_size(arguments, "num_train", len(splits["train"]), "training set")
     splits["train"] = task.load_dataset("train", range(num_train))
     check_size(arguments, "train_batch_size", num_train, "training set")
+    check_size(arguments, "eval_batch_size", max(map(len, splits.values())), "larger split")
     accelerator.print(
         f"{sum(p.numel() for p in model.parameters()):,} parameters; {num_train} training and "
         f"{len(splits['validation'])} validation examples; {accelerator.num_processes} x {accelerator.device}"
@@ -81,12 +84,12 @@ def fit(task: ExampleTask, model, dataset, arguments, accelerator: Accelerator):
                 optimizer.step()
                 optimizer.zero_grad()
                 bar.update()
-                if bar.n % 10 == 0 or bar.n == total:  # not at every step: reading the loss waits for the device
+                # Not at every step on a GPU: reading the loss waits for the device.
+                if accelerator.device.type == "cpu" or bar.n % 10 == 0 or bar.n == total:
                     value = loss.item()
                     if not math.isfinite(value):
-                        raise UserError(
-                            f"the training loss is {value} by batch {step} of epoch {epoch}: lower --learning_rate"
-                        )
+                        where = f"batch {step} of epoch {epoch}"
+                        raise UserError(f"the training loss is {value} at or before {where}: lower --learning_rate")
                     bar.set_postfix(loss=f"{value:.3f}")
     return model
 
@@ -101,7 +104,7 @@ def evaluate(task: ExampleTask, model, dataset, batch_size: int, accelerator: Ac
     for batch in tqdm(loader, desc="Evaluate", leave=False, disable=not accelerator.is_main_process):
         batch = {key: value.to(accelerator.device) for key, value in batch.items()}
         for name, value in task.evaluation_sums(model, batch).items():
-            sums[name] = sums.get(name, 0) + value * bool(share)
+            sums[name] = sums.get(name, 0) + value.to(accelerator.device) * bool(share)
     return task.metrics({name: accelerator.reduce(value).item() for name, value in sums.items()})
 
 
@@ -130,17 +133,20 @@ def _refuse_foreign_directory(checkpoint_dir: Path) -> None:
 def _save(checkpoint_dir: Path, model, tokenizer, record: dict) -> None:
     """Write the checkpoint beside its place, then move its files there; other files in that directory stay.
 
-    A directory without config.json is no checkpoint, and one without the record is not of train.py: an old checkpoint
-    loses both first, and the new one gets them last, so that no mixture is ever taken for whole.
+    A directory without config.json is no checkpoint: an old one loses it first, and the new one gets it last but for
+    the record, which says so meanwhile. So no mixture is ever taken for whole.
     """
     checkpoint_dir = checkpoint_dir.resolve()
     temporary = checkpoint_dir.with_name(f".{checkpoint_dir.name}.{os.getpid()}")
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    write_json(temporary / TRAINING_RECORD, record)
-    marks = [CONFIG_NAME, TRAINING_RECORD]
-    for name in marks:
-        (checkpoint_dir / name).unlink(missing_ok=True)
-    for path in sorted(temporary.iterdir(), key=lambda path: path.name in marks):
-        os.replace(path, checkpoint_dir / path.name)
-    temporary.rmdir()
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        write_json(checkpoint_dir / TRAINING_RECORD, {"unfinished": True})
+        (checkpoint_dir / CONFIG_NAME).unlink(missing_ok=True)
+        for path in sorted(temporary.iterdir(), key=lambda path: path.name == CONFIG_NAME):
+            os.replace(path, checkpoint_dir / path.name)
+        write_json(checkpoint_dir / TRAINING_RECORD, record)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"the checkpoint {checkpoint_dir} can't be written: {first_line(error)}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -13,4 +13,5 @@ def eigendecomposition(covariance: Tensor) -> tuple[Tensor, Tensor]:
         [d] and [d, d], in the dtype of the covariance; computed in float64. Cost: about 9 d^3 FLOPs.
     """
     eigenvalues, eigenvectors = torch.linalg.eigh(covariance.double())
-    return eigenvalues.clamp_(min=0).to(covariance.dtype), eigenvectors.to(covariance.dtype)
+    # Contiguous: eigh returns its eigenvectors by columns, and a broadcast sends memory as it lies.
+    return eigenvalues.clamp_(min=0).to(covariance.dtype), eigenvectors.to(covariance.dtype).contiguous()

@@ -30,13 +30,13 @@ def fit_factors(study: Study, strategy_name: str, batch_size: int) -> dict[str, 
         {stage: store}, for those of covariance, eigendecomposition and lambda that the strategy has.
     """
     strategy = find_strategy(strategy_name)
-    name = factors_name(study, strategy_name)
+    name = study.result_name(strategy_name)
     stores: dict[str, StageStore] = {}
 
     def twins(stage: str, **settings) -> list[StageStore]:
         """The same stage of the other strategies that work in the eigenbasis: kfac's is ekfac's."""
         others = (other for other in STRATEGIES.values() if other.in_eigenbasis and other is not strategy)
-        return [study.factor_store(factors_name(study, other.name), stage, **settings) for other in others]
+        return [study.factor_store(study.result_name(other.name), stage, **settings) for other in others]
 
     if strategy.in_eigenbasis:
         stores["covariance"] = study.factor_store(name, "covariance")
@@ -62,12 +62,7 @@ def refuse_foreign_factors(study: Study, strategy_name: str) -> None:
     strategy = find_strategy(strategy_name)
     stages = ["covariance", "eigendecomposition"] * strategy.in_eigenbasis + ["lambda"] * strategy.needs_lambda
     for stage in stages:
-        study.factor_store(factors_name(study, strategy_name), stage).manifest()
-
-
-def factors_name(study: Study, strategy_name: str) -> str:
-    """Directory suffix of a strategy's factors and scores."""
-    return strategy_name + ("_half" if study.runtime.precision.is_half else "")
+        study.factor_store(study.result_name(strategy_name), stage).manifest()
 
 
 def _fit_covariance(study: Study, store: StageStore, batch_size: int) -> None:
@@ -91,21 +86,30 @@ def _perform_eigendecomposition(study: Study, store: StageStore, covariance_stor
         jobs = [(kind, layer.name) for layer in study.layers for kind in ("activation", "gradient")]
         # The largest first, dealt out to the processes in turn, so that all finish at about the same time.
         jobs.sort(key=lambda job: -len(covariances[f"{job[0]}_covariance"][job[1]]))
+        partition = {"rank": runtime.rank, "world_size": runtime.world_size}
+        _, done = store.load_progress(partition) or (0, {})
+        clock = study.progress_clock()
         with runtime.progress(len(jobs), "Perform Eigendecomposition", unit="matrix") as bar:
             for number, (kind, layer_name) in enumerate(jobs):
                 covariance = covariances[f"{kind}_covariance"].pop(layer_name).to(runtime.device)
                 values, vectors = covariance.new_empty(len(covariance)), torch.empty_like(covariance)
-                if number % runtime.world_size == runtime.rank:
+                names = [f"{kind}_eigenvalues.{layer_name}", f"{kind}_eigenvectors.{layer_name}"]
+                if names[0] in done:
+                    values, vectors = (done[name].to(runtime.device) for name in names)
+                elif number % runtime.world_size == runtime.rank:
                     values, vectors = eigendecomposition(covariance)
+                    done.update(zip(names, (values, vectors)))
                 files[f"{kind}_eigenvalues"][layer_name] = values
                 files[f"{kind}_eigenvectors"][layer_name] = vectors
                 bar.update()
+                if clock.is_due():
+                    store.save_progress(partition, number + 1, done)
         for number, (kind, layer_name) in enumerate(jobs):
             for part in ("eigenvalues", "eigenvectors"):
                 runtime.broadcast(files[f"{kind}_{part}"][layer_name], source=number % runtime.world_size)
     with study.profiler("Save Eigendecomposition"):
         if runtime.is_main:
-            store.save(files)
+            store.save(files, {"num_matrices": len(jobs)})
 
 
 def _fit_lambda(study: Study, store: StageStore, eigendecomposition_store: StageStore | None, batch_size: int) -> None:
@@ -161,5 +165,6 @@ def _accumulate(study: Study, store: StageStore, sums: Sums, batch_size: int, de
                 sums.update(layer, captured.pop(layer.name))
             bar.update(len(batches[step]))
             if clock.is_due():
+                study.check_losses()
                 store.save_progress(partition, step + 1, sums.tensors)
     runtime.all_reduce(sums.tensors.values())

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from influence_core.batches import plan_batches
-from influence_core.factors.fit import factors_name
 from influence_core.factors.strategies import Damping, Preconditioner, find_strategy
 from influence_core.layers import TrackedLayer
 from influence_core.passes import Captured
@@ -44,7 +43,7 @@ def pairwise_score_store(
     }
     if factor_stores is not None:
         settings["factors"] = {stage: store.checksum() for stage, store in factor_stores.items()}
-    return study.score_store(factors_name(study, strategy_name), **settings)
+    return study.score_store(study.result_name(strategy_name), **settings)
 
 
 def compute_pairwise_scores(
@@ -61,7 +60,7 @@ def compute_pairwise_scores(
     Args:
         factor_stores: {strategy: what fit_factors returned for it}.
     Returns:
-        {strategy: [queries, training examples] float32, on the CPU}.
+        {strategy: [queries, training examples] in the precision's sum_dtype (float32), on the CPU}.
     """
     stores = {
         name: pairwise_score_store(study, name, query_dataset, damping, factors)
@@ -73,12 +72,16 @@ def compute_pairwise_scores(
             if unfinished:
                 todo.append(name)
     if todo:
+        made_by = [stores[name].settings for name in todo]
         job = _PairwiseJob(study, todo, factor_stores, query_dataset, plan, damping, query_batch_size, train_batch_size)
-        scores = job.run(stores[todo[0]])
+        scores = job.run(stores[todo[0]], made_by)
         with study.profiler("Save Pairwise Score"):
             for name, block in zip(todo, scores):
                 if study.runtime.is_main:
-                    stores[name].save({"pairwise_scores": {SCORES: block}})
+                    stores[name].save(
+                        {"pairwise_scores": {SCORES: block}},
+                        {"num_queries": len(query_dataset), "num_train": len(study.train_dataset)},
+                    )
         study.runtime.barrier()
     with study.profiler("Load Pairwise Score"):
         return {name: store.load()["pairwise_scores"][SCORES] for name, store in stores.items()}
@@ -104,13 +107,14 @@ class _PairwiseJob:
             device=study.runtime.device,
         )
 
-    def run(self, progress_store: StageStore) -> Tensor:
-        """[strategies, queries, training examples]"""
+    def run(self, progress_store: StageStore, made_by: list[dict[str, Any]]) -> Tensor:
+        """[strategies, queries, training examples]; progress counts only for the same settings of every strategy."""
         runtime, plan = self.runtime, self.plan
         partition = {
             "rank": runtime.rank,
             "world_size": runtime.world_size,
             "strategies": self.strategy_names,
+            "made_by": made_by,
             "batches": [len(batch) for batch in self.train_batches],
             "layers": [len(group) for group in plan.layer_groups],
             "queries": [len(tile) for tile in plan.query_tiles],
@@ -136,6 +140,7 @@ class _PairwiseJob:
                 del preconditioners
                 for step in self._training_pass(group, tile, resident, done_here, label):
                     if clock.is_due():
+                        self.study.check_losses()
                         progress_store.save_progress(partition, first + step, {"scores": self.scores})
         runtime.all_reduce([self.scores])
         return self.scores.cpu()

@@ -30,9 +30,10 @@ class Work:
     factor_batch_size: int
     train: Probe  # of one training example
     query: Probe  # of one query
-    operand_bytes: int  # of a number that enters a product, such as a stored query gradient
-    in_eigenbasis: bool  # whether any strategy is
-    needs_lambda: bool
+    operand_bytes: int  # of a stored query gradient's number
+    product_bytes: int  # of a number as it enters a product (more than stored where bfloat16 is emulated)
+    num_in_eigenbasis: int  # strategies
+    num_with_lambda: int
     sum_bytes: int = 4
     device_type: str = "cpu"
 
@@ -128,42 +129,49 @@ def _peaks(group: list[TrackedLayer], work: Work, tile_size: int) -> dict[str, i
     buffers = {}
     for name, size in (("query", work.query_batch_size), ("train", work.train_batch_size)):
         buffers[name] = max(
-            min(size, gradient_chunk(layer, work.operand_bytes)) * layer.num_parameters for layer in group
+            min(size, gradient_chunk(layer, work.product_bytes)) * layer.num_parameters for layer in group
         )
-    factors = factor_bytes(group, work, eigenvectors_only=True)
+    factors = factor_bytes(group, work, preconditioners=True)
     # A query's gradient is held flat, as a matrix, and twice while it is rotated.
-    query = work.query_batch_size * work.query.num_bytes + buffers["query"] * (work.operand_bytes + 3 * work.sum_bytes)
-    train = work.train_batch_size * work.train.num_bytes + buffers["train"] * work.operand_bytes
+    query = (
+        work.query_batch_size * work.query.num_bytes
+        + work.query.fixed_bytes
+        + buffers["query"] * (work.product_bytes + 3 * work.sum_bytes)
+    )
+    train = (
+        work.train_batch_size * work.train.num_bytes + work.train.fixed_bytes + buffers["train"] * work.product_bytes
+    )
     return {
         "query gradients": resident + scores + factors + query + logits,
         "training pass": resident + scores + train + logits,
     }
 
 
-def factor_bytes(layers: list[TrackedLayer], work: Work, eigenvectors_only: bool = False) -> int:
-    """Bytes of the factors: what a preconditioner holds, or all that is stored."""
+def factor_bytes(layers: list[TrackedLayer], work: Work, preconditioners: bool = False) -> int:
+    """Bytes of all strategies' factors: those that are stored, or what the preconditioners hold."""
     squares = sum(size * size for layer in layers for size in layer.shape)
     parameters = sum(layer.num_parameters for layer in layers)
-    matrices = (squares if eigenvectors_only else 2 * squares) * work.in_eigenbasis
-    return (matrices + parameters * (work.needs_lambda or work.in_eigenbasis)) * work.sum_bytes
+    matrices = (1 if preconditioners else 2) * squares * work.num_in_eigenbasis
+    vectors = parameters * (work.num_strategies if preconditioners else work.num_with_lambda)
+    return (matrices + vectors) * work.sum_bytes
 
 
 def fit_peaks(layers: list[TrackedLayer], work: Work) -> dict[str, int]:
     """Bytes beyond what is in use, of the factor stages."""
     peaks = {}
     squares = sum(size * size for layer in layers for size in layer.shape) * work.sum_bytes
-    batch = work.factor_batch_size * work.train.num_bytes + 4 * CHUNK_BYTES
-    if work.in_eigenbasis:
+    batch = work.factor_batch_size * work.train.num_bytes + work.train.fixed_bytes + 4 * CHUNK_BYTES
+    if work.num_in_eigenbasis:
         peaks["covariance"] = squares + batch
         largest = max(max(layer.shape) for layer in layers)
         peaks["eigendecomposition"] = squares + 5 * 8 * largest**2
-    if work.needs_lambda:
+    if work.num_with_lambda:
         lambda_matrices = sum(layer.num_parameters for layer in layers) * work.sum_bytes
         buffer = work.sum_bytes * max(
             min(work.factor_batch_size, lambda_chunk(layer, work.sum_bytes, work.device_type)) * layer.num_parameters
             for layer in layers
         )
-        peaks["lambda"] = squares * work.in_eigenbasis + lambda_matrices + batch + 2 * buffer
+        peaks["lambda"] = squares * bool(work.num_in_eigenbasis) + lambda_matrices + batch + 2 * buffer
     return peaks
 
 
@@ -171,15 +179,15 @@ def fit_flops(layers: list[TrackedLayer], work: Work) -> dict[str, float]:
     """FLOPs of the factor stages: the passes, and the products that the factors need."""
     one_pass = work.train.forward_flops + work.train.backward_flops
     flops = {}
-    if work.in_eigenbasis:
+    if work.num_in_eigenbasis:
         products = sum(work.train.positions[layer.name] * sum(d * d for d in layer.shape) for layer in layers)
         flops["covariance"] = work.num_train * (one_pass + products)  # half of 2 t d^2, by symmetry
         flops["eigendecomposition"] = 9.0 * sum(d**3 for layer in layers for d in layer.shape)
-    if work.needs_lambda:
+    if work.num_with_lambda:
         products = 0
         for layer in layers:
             (o, i), t = layer.shape, work.train.positions[layer.name]
-            rotation = min(2 * t * (o * o + i * i), 2 * o * i * (o + i)) * work.in_eigenbasis
+            rotation = min(2 * t * (o * o + i * i), 2 * o * i * (o + i)) * bool(work.num_in_eigenbasis)
             products += 2 * t * o * i + rotation
         flops["lambda"] = work.num_train * (one_pass + products)
     return flops
@@ -197,8 +205,8 @@ def _cost(groups: list[list[TrackedLayer]], tiles: list[range], layers: list[Tra
             below += sum(layer.num_parameters for layer in group)
         return flops
 
-    rotations = sum(4 * layer.num_parameters * sum(layer.shape) for layer in layers) * work.in_eigenbasis
-    flops = work.num_queries * (gradient_flops(work.query) + work.num_strategies * rotations)
+    rotations = sum(4 * layer.num_parameters * sum(layer.shape) for layer in layers)
+    flops = work.num_queries * (gradient_flops(work.query) + work.num_in_eigenbasis * rotations)
     flops += work.num_train * (len(tiles) * gradient_flops(work.train) + 2 * work.num_rows * parameters)
     peaks = fit_peaks(layers, work)
     for group in groups:
