@@ -18,7 +18,7 @@ from influence_core.losses import linear_cross_entropy
 from influence_core.task import EXAMPLE_INDEX
 
 ROWS_PER_GROUP = 1000  # rows of text joined before they are cut into blocks; the rest of each group is dropped
-HELD_OUT = 6  # of the demo's blocks, every sixth of a topic is for validation
+HELD_OUT = 8  # of the blocks of a topic in the demo, every eighth is for validation
 TRACKED = re.compile(r"transformer\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)")
 DEMO_CORPUS = "pydoc_data.topics"  # as --dataset_name_or_path: the corpus of the demo
 
@@ -50,7 +50,7 @@ class WikiTextTask(ExampleTask):
             "vocab_size": 2048,
             "block_size": 64,
             "learning_rate": 2e-3,
-            "num_train_epochs": 6,
+            "num_train_epochs": 5,
             "factor_strategy": ["ekfac", "identity"],
             "show_queries": 3,
         },
@@ -175,7 +175,7 @@ class WikiTextTask(ExampleTask):
         return list(tokens[: len(tokens) // self.block_size * self.block_size].view(-1, self.block_size))
 
     def _demo_splits(self):
-        """Blocks of each topic by itself, so that a block has one topic; every sixth is held out."""
+        """Blocks of each topic by itself, so that a block has one topic; every eighth is held out."""
         splits = {"train": [], "validation": []}
         for topic, text in sorted(demo_corpus().items()):
             blocks = self._cut([self.tokenizer(text, verbose=False)["input_ids"]])
