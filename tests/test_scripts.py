@@ -107,7 +107,8 @@ def test_the_query_and_its_top_sequence(results, task):
             example = task.load_dataset(split)[int(index)]
             expected = task.tokenizer.decode(example["input_ids"])
             assert len(expected.split()) > 3
-            assert "".join(text.replace("  |", "").split()) == "".join(expected.split())
+            text = re.sub(r"^  \|", "", text, flags=re.MULTILINE)  # of each line, the margin
+            assert "".join(text.split()) == "".join(expected.split())
 
 
 def test_the_topic_figure(results, task):
