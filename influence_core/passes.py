@@ -125,13 +125,14 @@ class GradientPass:
 
     def probe(self, batch: Batch) -> "Probe":
         """Run one batch and count what it takes."""
-        storages: dict[int, int] = {}
+        # Kept alive until they are counted: an address that is freed and taken again would hide one of the two.
+        storages: dict[int, torch.UntypedStorage] = {}
         constants = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
 
         def note(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in constants:
-                storages[storage.data_ptr()] = storage.nbytes()
+                storages[storage.data_ptr()] = storage
             return tensor
 
         with FlopCounterMode(display=False) as counter, torch.enable_grad():
@@ -143,9 +144,10 @@ class GradientPass:
             gradients = self._gradients(loss, self.outputs)
         for tensor in [*kept, *(x for calls in gradients.values() for x in calls)]:
             note(tensor)
+        num_bytes = sum(storage.nbytes() for storage in storages.values())
         positions = {name: sum(x[..., 0].numel() for x in calls) for name, calls in self.inputs.items()}
         self._forget()
-        return Probe(sum(storages.values()), 0, forward_flops, counter.get_total_flops() - forward_flops, positions)
+        return Probe(num_bytes, 0, forward_flops, counter.get_total_flops() - forward_flops, positions)
 
     def _forget(self) -> None:
         self.inputs, self.outputs, self.versions, self.probes = {}, {}, [], None

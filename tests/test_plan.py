@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from influence_core.analysis import analyze
+from influence_core.analysis import _probe, analyze
 from influence_core.errors import UserError
 from influence_core.layers import find_tracked_layers
 from influence_core.passes import Probe
@@ -14,6 +14,7 @@ from influence_core.runtime import Runtime
 from influence_core.scores.pairwise import compute_pairwise_scores
 from influence_core.scores.plan import Plan, Work, make_plan
 from influence_core.study import Study
+from tests.studies import make_study
 from tests.tiny import TinyTask
 
 NUM_LAYERS, WIDTH, NUM_TRAIN, NUM_QUERIES, POSITIONS = 6, 512, 1000, 24, 128
@@ -186,3 +187,10 @@ def test_planned_passes_are_made(tmp_path):
     study = small_study(tmp_path, task)
     pairwise(study, parts(study, [2, 1], 3))
     assert task.num_training_passes == 4 * 6
+
+
+def test_the_probe_counts_the_same_each_time(tmp_path):
+    """Processes agree on one plan because they count alike; memory freed and taken again must not be counted once."""
+    study = make_study(tmp_path)
+    probes = [_probe(study, study.train_dataset, study.fisher_loss, study.layers) for _ in range(30)]
+    assert len(set((probe.num_bytes, probe.fixed_bytes) for probe in probes)) == 1
