@@ -58,15 +58,11 @@ class StageStore:
             return None
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{self.manifest_path} is not readable ({error}); {_REDO}") from None
-        differing = [
-            f"{key} (stored {stored.get(key)}, now {value})"
-            for key, value in self.settings.items()
-            if stored.get(key) != value
-        ]
+        differing = differences(stored, self.settings)
         if differing:
             raise UserError(
-                f"{self.manifest_path} was made with other settings: {'; '.join(differing)}; {_REDO}, or choose "
-                "another --output_dir"
+                f"{self.manifest_path} was made with other settings: {differing}; {_REDO}, or choose another "
+                "--output_dir"
             )
         return manifest
 
@@ -150,6 +146,13 @@ class StageStore:
 
     def _progress_path(self, partition: Mapping[str, Any]) -> Path:
         return self.directory / f"{self.stage}.progress.{partition.get('rank', 0)}.safetensors"
+
+
+def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Which of the wanted settings (JSON values) are stored otherwise, as text; empty if none is."""
+    return "; ".join(
+        f"{key} (stored {stored.get(key)}, now {value})" for key, value in wanted.items() if stored.get(key) != value
+    )
 
 
 _REDO = "use --overwrite to compute it again"

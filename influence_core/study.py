@@ -33,6 +33,7 @@ class Study:
         runtime: device, precision, processes and seed.
         use_empirical_fisher: factors from the data's own labels instead of sampled ones.
         overwrite: compute stages again although finished results are stored.
+        scores_suffix: part of the scores' directory, to keep several side by side (dampings, say).
         progress_interval: seconds between two notes of progress, from which a killed stage goes on.
     """
 
@@ -43,6 +44,7 @@ class Study:
     runtime: Runtime = field(default_factory=Runtime)
     use_empirical_fisher: bool = False
     overwrite: bool = False
+    scores_suffix: str = ""
     progress_interval: float = 60.0
 
     def __post_init__(self):
@@ -79,7 +81,8 @@ class Study:
 
     def score_store(self, name: str, **settings) -> StageStore:
         """Where pairwise scores lie."""
-        return StageStore(self.output_dir / f"scores_{name}", "pairwise_scores", {**self.settings, **settings})
+        suffix = f"_{self.scores_suffix}" if self.scores_suffix else ""
+        return StageStore(self.output_dir / f"scores_{name}{suffix}", "pairwise_scores", {**self.settings, **settings})
 
     def fisher_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The loss whose gradients make the Fisher: labels sampled, or the data's own."""

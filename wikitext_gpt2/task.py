@@ -12,7 +12,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Co
 
 from influence_core.errors import UserError
 from influence_core.experiments.demo_corpus import demo_corpus, train_tokenizer
-from influence_core.experiments.example import ExampleTask, float64, is_main_process, load_from, parse_overrides, take
+from influence_core.experiments.example import (
+    MEASUREMENT,
+    ExampleTask,
+    is_main_process,
+    load_from,
+    parse_overrides,
+    take,
+)
 from influence_core.layers import trackable_layer_names
 from influence_core.losses import linear_cross_entropy
 from influence_core.task import EXAMPLE_INDEX
@@ -58,16 +65,16 @@ class WikiTextTask(ExampleTask):
 
     def __init__(
         self, model_name_or_path, tokenizer_name_or_path, config_overrides, dataset_name_or_path, dataset_config,
-        block_size, vocab_size,
+        train_split, validation_split, block_size, vocab_size,
     ):  # fmt: skip
         self.model_source, self.tokenizer_source = model_name_or_path, tokenizer_name_or_path
         self.config_overrides = parse_overrides(config_overrides or "")
         self.dataset_source, self.dataset_config = dataset_name_or_path, dataset_config
+        self.split_sources = {"train": train_split or "train", "validation": validation_split or "validation"}
         self.block_size, self.vocab_size = block_size, vocab_size
         if block_size < 2:
             raise UserError(f"--block_size must be at least 2, so that there is a next token, not {block_size}")
         self.is_demo = dataset_name_or_path == DEMO_CORPUS
-        self.checkpoint_dir = None
 
     @staticmethod
     def add_arguments(parser):
@@ -77,8 +84,11 @@ class WikiTextTask(ExampleTask):
         parser.add_argument("--config_overrides", help="key=value,… of a GPT2Config: trains that model from scratch")
         parser.add_argument("--dataset_name_or_path", help="a Hub id or a directory in the Hub's layout")
         parser.add_argument("--dataset_config", help="configuration of the dataset, such as wikitext-2-v1")
+        parser.add_argument("--train_split", help="what to train on: train, or a part such as 'train[:20%%]'")
+        parser.add_argument("--validation_split", help="where queries come from: validation, test, or a part of one")
         parser.add_argument("--block_size", type=int, help="tokens of a sequence")
-        parser.add_argument("--vocab_size", type=int, help="of the tokenizer that the demo trains")
+        parser.add_argument("--vocab_size", type=int, help="from scratch: train a byte-level BPE of that size on the "
+                            "training text")  # fmt: skip
 
     # ------------------------------------------------------------------------------------------ model and tokenizer
 
@@ -87,8 +97,9 @@ class WikiTextTask(ExampleTask):
         source, flag = self.tokenizer_source or self.model_source, "--tokenizer_name_or_path"
         if self.checkpoint_dir is not None:
             source, flag = self.checkpoint_dir, "--checkpoint_dir"
-        elif self.is_demo and self.tokenizer_source is None and self._starts_from_scratch and self.vocab_size:
-            return train_tokenizer(list(demo_corpus().values()), self.vocab_size)
+        elif self.tokenizer_source is None and self._starts_from_scratch and self.vocab_size:
+            texts = list(demo_corpus().values()) if self.is_demo else self._rows("train")["text"]
+            return train_tokenizer(texts, self.vocab_size)
         if source is None:
             raise UserError("no tokenizer: name one with --tokenizer_name_or_path")
         tokenizer = load_from(source, flag, lambda: AutoTokenizer.from_pretrained(source))
@@ -98,7 +109,7 @@ class WikiTextTask(ExampleTask):
         return tokenizer
 
     def load_model(self, checkpoint_dir):
-        self.checkpoint_dir = checkpoint_dir
+        self.checkpoint_dir = checkpoint_dir or self.checkpoint_dir
         model = self._load_model(checkpoint_dir)
         num_positions = getattr(model.config, "max_position_embeddings", self.block_size)
         if self.block_size > num_positions:
@@ -155,15 +166,18 @@ class WikiTextTask(ExampleTask):
             raise UserError(f"the {split} split has not one block of {self.block_size} tokens: lower --block_size")
         return take(self._splits[split], indices)
 
-    def _blocks(self, split) -> list[Tensor]:
+    def _rows(self, split):
         rows = load_from(
             self.dataset_source,
             "--dataset_name_or_path",
-            lambda: load_dataset(self.dataset_source, self.dataset_config, split=split),
+            lambda: load_dataset(self.dataset_source, self.dataset_config, split=self.split_sources[split]),
         )
         if "text" not in rows.column_names:
             raise UserError(f"{self.dataset_source} has no column 'text', only {', '.join(rows.column_names)}")
-        blocks = []
+        return rows
+
+    def _blocks(self, split) -> list[Tensor]:
+        rows, blocks = self._rows(split), []
         for start in range(0, len(rows), ROWS_PER_GROUP):
             texts = rows[start : start + ROWS_PER_GROUP]["text"]
             blocks += self._cut(self.tokenizer(texts, verbose=False)["input_ids"])
@@ -220,12 +234,20 @@ class WikiTextTask(ExampleTask):
             linear_cross_entropy(output.hidden_states[-1][:, :-1], head.weight, tokens[:, 1:]) / tokens[:, 1:].numel()
         )
 
-    def evaluation_sums(self, model, batch):
-        num_predicted = batch["input_ids"][:, 1:].numel()
-        return {"loss": float64(self.train_loss(model, batch)), "positions": float64(num_predicted)}
+    @torch.no_grad()
+    def evaluation_values(self, model, batch):
+        tokens = batch["input_ids"]
+        hidden = model.transformer(tokens, use_cache=False).last_hidden_state[:, :-1]
+        head = model.lm_head.weight
+        losses = [linear_cross_entropy(states, head, labels) for states, labels in zip(hidden, tokens[:, 1:])]
+        losses = torch.stack(losses).double()
+        return {MEASUREMENT: losses, "positions": torch.full_like(losses, tokens.shape[1] - 1)}
 
-    def metrics(self, sums):
-        return {"perplexity": float(torch.tensor(sums["loss"] / sums["positions"]).exp())}
+    def metrics(self, values):
+        return {"perplexity": float((values[MEASUREMENT].sum() / values["positions"].sum()).exp())}
+
+    def query_metrics(self, values):
+        return {"mean query perplexity": float((values[MEASUREMENT] / values["positions"]).exp().mean())}
 
 
 FUSED_GELU = "gelu_pytorch_tanh"  # the function that GPT-2's config calls gelu_new, as one kernel instead of eight

@@ -1,7 +1,9 @@
 """analyze.py of every example: factors, pairwise scores, the stage table, and the most influential sequences."""
 
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,20 +26,13 @@ def main(task_class: type[ExampleTask], description: str, argv: list[str] | None
 
 
 def _analyze(task_class: type[ExampleTask], arguments) -> None:
-    checkpoint_dir = Path(arguments.checkpoint_dir)
-    if not (checkpoint_dir / "config.json").exists():
-        raise UserError(
-            f"no checkpoint in {checkpoint_dir}: make one with `python {task_class.name}/train.py --preset "
-            f"{arguments.preset} --checkpoint_dir {checkpoint_dir}`, or name another with --checkpoint_dir"
-        )
+    require_checkpoint(task_class, arguments)
     runtime = Runtime.start(arguments.use_ddp, arguments.use_half_precision, arguments.use_compile, arguments.seed)
     try:
         task = task_class(**arguments.task)
-        model = task.load_model(str(checkpoint_dir)).to(runtime.device)
-        num_train = check_size(arguments, "num_train", len(task.load_dataset("train")), "training set")
-        num_queries = check_size(arguments, "num_queries", len(task.load_dataset("validation")), "validation set")
-        train_dataset = task.load_dataset("train", range(num_train))
-        query_dataset = task.load_dataset("validation", range(num_queries))
+        model = task.load_model(arguments.checkpoint_dir).to(runtime.device)
+        train_dataset, query_dataset = load_datasets(task, arguments)
+        num_train, num_queries = len(train_dataset), len(query_dataset)
         study = Study(
             task,
             model,
@@ -46,6 +41,7 @@ def _analyze(task_class: type[ExampleTask], arguments) -> None:
             runtime,
             use_empirical_fisher=bool(arguments.use_empirical_fisher),
             overwrite=bool(arguments.overwrite),
+            scores_suffix=arguments.scores_suffix or "",
         )
         scores = analyze(
             study,
@@ -64,6 +60,23 @@ def _analyze(task_class: type[ExampleTask], arguments) -> None:
             _report(task, study, scores, query_dataset, arguments.show_queries)
     finally:
         runtime.stop()
+
+
+def require_checkpoint(task_class: type[ExampleTask], arguments) -> None:
+    """Raise UserError, with the command that makes one, if --checkpoint_dir has no checkpoint."""
+    checkpoint_dir = Path(arguments.checkpoint_dir)
+    if not (checkpoint_dir / "config.json").exists():
+        raise UserError(
+            f"no checkpoint in {checkpoint_dir}: make one with `python {task_class.name}/train.py --preset "
+            f"{arguments.preset} --checkpoint_dir {checkpoint_dir}`, or name another with --checkpoint_dir"
+        )
+
+
+def load_datasets(task: ExampleTask, arguments) -> tuple[Sequence[Any], Sequence[Any]]:
+    """(training examples, queries), as many of each as the flags say."""
+    num_train = check_size(arguments, "num_train", len(task.load_dataset("train")), "training set")
+    num_queries = check_size(arguments, "num_queries", len(task.load_dataset("validation")), "validation set")
+    return task.load_dataset("train", range(num_train)), task.load_dataset("validation", range(num_queries))
 
 
 def _report(task, study, scores: dict[str, Tensor], query_dataset, show_queries: int) -> None:

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from influence_core.errors import UserError
 from influence_core.experiments.example import ExampleTask
-from influence_core.factors.strategies import HEURISTIC, STRATEGIES
+from influence_core.factors.strategies import HEURISTIC, HEURISTIC_SCALE, STRATEGIES, damping_scale
 
 TRAINING_RECORD = "training.json"  # in a checkpoint: the flags that made it
+RECIPE_FLAGS = ("train_batch_size", "learning_rate", "weight_decay", "num_train_epochs", "use_half_precision")
 
 COMMON_DEFAULTS = {
     "preset": "full",
@@ -33,6 +34,14 @@ COMMON_DEFAULTS = {
     "train_batch_size.analyze": 64,
     "factor_batch_size": 64,
     "show_queries": 1,
+    "num_masks": 100,
+    "num_repeats.evaluate_lds": 5,
+    "num_repeats.run_counterfactual": 3,
+    "subset_fraction": 0.5,
+    "show_query": 0,
+    "num_counterfactual_queries": 50,
+    "removal_sizes": [0, 50, 100, 150, 200],
+    "figure_dir": "figure",
 }
 
 
@@ -54,7 +63,7 @@ def run_script(script: Callable[[], None]) -> None:
 
 
 def parse(task_class: type[ExampleTask], script: str, description: str, argv: list[str] | None) -> argparse.Namespace:
-    """The flags of one script ("train" or "analyze"), complete; `args.task` holds the task's own, by name.
+    """The flags of one script ("train", "analyze", …), complete; `args.task` holds the task's own, by name.
 
     Raises:
         UserError: unknown flags or values; counts that are not positive.
@@ -67,7 +76,8 @@ def parse(task_class: type[ExampleTask], script: str, description: str, argv: li
     )
     task_flags = _add_task_arguments(parser, task_class)
     _add_shared_arguments(parser)
-    {"train": _add_train_arguments, "analyze": _add_analyze_arguments}[script](parser)
+    for add in SCRIPTS[script]:
+        add(parser)
     _describe_defaults(parser, task_class, script)
     given = vars(parser.parse_args(argv))
 
@@ -79,7 +89,8 @@ def parse(task_class: type[ExampleTask], script: str, description: str, argv: li
     values["preset"] = preset
     if script != "train":
         record = read_training_record(given.get("checkpoint_dir", values["checkpoint_dir"]))
-        values |= {flag: record[flag] for flag in (*task_flags, "num_train") if flag in record}
+        recipe = RECIPE_FLAGS if _add_recipe_arguments in SCRIPTS[script] else ()
+        values |= {flag: record[flag] for flag in (*task_flags, "num_train", *recipe) if flag in record}
     values |= given
     arguments = argparse.Namespace(**{action.dest: None for action in parser._actions if action.dest != "help"})
     vars(arguments).update({key: value for key, value in values.items() if hasattr(arguments, key)})
@@ -136,31 +147,81 @@ def _add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train_batch_size", type=int, help="training examples in one pass")
 
 
-def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eval_batch_size", type=int, help="examples in one pass of evaluation")
     parser.add_argument("--learning_rate", type=float, help="of AdamW, fixed")
     parser.add_argument("--weight_decay", type=float, help="of AdamW")
     parser.add_argument("--num_train_epochs", type=int, help="passes over the training set")
 
 
+def _add_result_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output_dir", help="where factors, scores and the results of experiments lie")
+    parser.add_argument("--num_queries", type=int, help="use the first so many validation examples (default: all)")
+
+
 def _add_analyze_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output_dir", help="where factors and scores lie")
     parser.add_argument("--factor_strategy", nargs="+", help=f"one or more of {', '.join(STRATEGIES)}; several share "
                         "the pass over the training set")  # fmt: skip
-    parser.add_argument("--damping_factor", type=damping, help=f"an absolute number, or {HEURISTIC}: 0.1 x the "
-                        "layer's mean eigenvalue")  # fmt: skip
+    parser.add_argument("--damping_factor", type=damping, help="an absolute number; or 0.5x: 0.5 x the layer's mean "
+                        f"eigenvalue; or {HEURISTIC}, which is {HEURISTIC_SCALE}x")  # fmt: skip
+    parser.add_argument("--scores_suffix", help="store the scores in scores_<strategy>_<suffix>, to keep those of "
+                        "several dampings")  # fmt: skip
     parser.add_argument("--use_empirical_fisher", action="store_true", help="factors from the data's own labels")
     parser.add_argument("--query_batch_size", type=int, help="queries in one forward and backward pass")
     parser.add_argument("--factor_batch_size", type=int, help="training examples in one pass when fitting factors")
-    parser.add_argument("--num_queries", type=int, help="use the first so many validation examples (default: all)")
     parser.add_argument("--memory_budget_gb", type=float, help="memory to use at most (default: what is free)")
     parser.add_argument("--use_compile", action="store_true", help="torch.compile the forward and backward pass")
     parser.add_argument("--use_ddp", action="store_true", help="several processes; launch with torchrun")
     parser.add_argument("--show_queries", type=int, help="show so many queries with their most influential sequence")
 
 
+def _add_figure_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--figure_dir", help="where the figure goes")
+
+
+def _add_retraining_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--scores", nargs="+", help="what to evaluate: NAME of <output_dir>/scores_NAME, a path, or "
+                        "tfidf, a baseline that knows no model (default: all of --output_dir, and tfidf)")  # fmt: skip
+    parser.add_argument("--num_repeats", type=int, help="retrainings of each subset, with other seeds")
+    parser.add_argument("--bank_dir", help="where retrainings are kept (default: <output_dir>/retrainings)")
+
+
+def _add_lds_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num_masks", type=int, help="random subsets of the training set")
+    parser.add_argument("--subset_fraction", type=float, help="of the training set, in each subset")
+    parser.add_argument("--masks", help="ground truth made elsewhere: a file [subsets, training examples] of 0 and 1")
+    parser.add_argument("--measurements", help="with --masks: a file [subsets, queries] or [subsets, repeats, queries]")
+    parser.add_argument("--allow_pickle", action="store_true", help="read such files also where they are pickles, that "
+                        "may run any code: only your own")  # fmt: skip
+    parser.add_argument("--choose", action="store_true", help="also choose the best of --scores on one half of the "
+                        "subsets and report it on the other")  # fmt: skip
+    parser.add_argument("--show_query", type=int, help="show this query with its most influential sequence")
+
+
+def _add_counterfactual_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num_counterfactual_queries", type=int, help="sum the scores over the first so many queries")
+    parser.add_argument("--removal_sizes", type=int, nargs="+", help="numbers of training examples to remove")
+
+
+def _add_half_precision_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--factor_strategy", nargs=1, help="whose scores to compare")
+    parser.add_argument("--show_query", type=int, help="the query whose scores are drawn")
+
+
+SCRIPTS = {
+    "train": [_add_recipe_arguments],
+    "analyze": [_add_result_arguments, _add_analyze_arguments],
+    "evaluate_lds": [_add_recipe_arguments, _add_result_arguments, _add_retraining_arguments, _add_lds_arguments,
+                     _add_figure_arguments],
+    "run_counterfactual": [_add_recipe_arguments, _add_result_arguments, _add_retraining_arguments,
+                           _add_counterfactual_arguments, _add_figure_arguments],
+    "half_precision_analysis": [_add_result_arguments, _add_half_precision_arguments, _add_figure_arguments],
+}  # fmt: skip
+
+
 def damping(text: str) -> float | str:
-    return text if text == HEURISTIC else float(text)
+    """A damping as the strategies take it: a number, or text that they understand."""
+    return text if text == HEURISTIC or text.endswith("x") else float(text)
 
 
 def _describe_defaults(parser: argparse.ArgumentParser, task_class: type[ExampleTask], script: str) -> None:
@@ -181,8 +242,12 @@ def _describe_defaults(parser: argparse.ArgumentParser, task_class: type[Example
 
 
 def _check_values(arguments: argparse.Namespace) -> None:
-    at_least_zero = {"weight_decay", "show_queries", "num_train_epochs"}
-    for flag, value in vars(arguments).items():
+    at_least_zero = {"weight_decay", "show_queries", "num_train_epochs", "show_query", "removal_sizes"}
+    values = [
+        (flag, value) for flag, given in vars(arguments).items()
+        for value in (given if isinstance(given, list) else [given])
+    ]  # fmt: skip
+    for flag, value in values:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if flag == "seed" and not 0 <= value < 2**32:
             raise UserError(f"--seed must be from 0 to 2^32 - 1, not {value}")
@@ -192,6 +257,9 @@ def _check_values(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{flag} must be a finite number, not {value}")
         if not (value >= 0 if flag in at_least_zero else value > 0):
             raise UserError(f"--{flag} must be {'at least 0' if flag in at_least_zero else 'positive'}, not {value}")
+    if (getattr(arguments, "subset_fraction", None) or 0.5) >= 1:
+        raise UserError(f"--subset_fraction must be below 1, not {arguments.subset_fraction}")
+    damping_scale(getattr(arguments, "damping_factor", None))
     strategies = getattr(arguments, "factor_strategy", None) or []
     if len(set(strategies)) < len(strategies):
         raise UserError(f"--factor_strategy names one twice: {' '.join(strategies)}")

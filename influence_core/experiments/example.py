@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 
 import datasets
 import huggingface_hub
-import torch
 from torch import Tensor, nn
 
 from influence_core.errors import UserError
 from influence_core.task import EXAMPLE_INDEX, Batch, InfluenceTask
+
+MEASUREMENT = "measurement"
 
 
 class ExampleTask(InfluenceTask):
@@ -22,7 +23,8 @@ class ExampleTask(InfluenceTask):
 
     name: ClassVar[str]  # folder of the example
     presets: ClassVar[dict[str, dict[str, Any]]]  # {"full": {flag: default}, "demo": …}; flags of any script
-    tokenizer: Any  # loaded with the model
+    tokenizer: Any  # of the checkpoint, where `checkpoint_dir` names one; else of the initial model
+    checkpoint_dir: str | None = None
 
     @staticmethod
     @abstractmethod
@@ -34,12 +36,19 @@ class ExampleTask(InfluenceTask):
         return model(**{key: value for key, value in batch.items() if key != EXAMPLE_INDEX}).loss
 
     @abstractmethod
-    def evaluation_sums(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Float64 scalars that are summed over batches and processes."""
+    def evaluation_values(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """What evaluation needs to know of each example: {name: [examples] float64}.
+
+        MEASUREMENT is among them: each example's own share of `measurement(model, batch)`.
+        """
 
     @abstractmethod
-    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
-        """What is reported of a split, from the sums: {"perplexity": …}."""
+    def metrics(self, values: dict[str, Tensor]) -> dict[str, float]:
+        """What train.py reports of a split, from the values of all its examples: {"perplexity": …}."""
+
+    def query_metrics(self, values: dict[str, Tensor]) -> dict[str, float]:
+        """What a counterfactual retraining is judged by, from the values of the queries; the first one is plotted."""
+        return self.metrics(values)
 
 
 def load_from(source: str, flag: str, load: Callable[[], Any]) -> Any:
@@ -100,11 +109,6 @@ def _number(text: str) -> Any:
 def take(examples: list, indices) -> list:
     """The examples at `indices`, or all."""
     return examples if indices is None else [examples[index] for index in indices]
-
-
-def float64(value: Tensor | float) -> Tensor:
-    """A float64 scalar, for evaluation sums."""
-    return torch.as_tensor(value, dtype=torch.float64).detach()
 
 
 def is_main_process() -> bool:

@@ -6,21 +6,24 @@ import os
 import shutil
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from safetensors import SafetensorError
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers.utils import CONFIG_NAME
 
 from influence_core.errors import UserError
-from influence_core.experiments.arguments import TRAINING_RECORD, check_size, parse, read_training_record, run_script
+from influence_core.experiments.arguments import (
+    RECIPE_FLAGS,
+    TRAINING_RECORD,
+    check_size,
+    parse,
+    read_training_record,
+    run_script,
+)
 from influence_core.experiments.example import ExampleTask, first_line
-from influence_core.storage import require_writable, write_json
-
-RECORDED = ("seed", "num_train", "train_batch_size", "learning_rate", "weight_decay", "num_train_epochs",
-            "use_half_precision")  # fmt: skip
+from influence_core.experiments.fitting import Recipe, evaluate, fit
+from influence_core.storage import differences, require_writable, write_json
 
 
 def main(task_class: type[ExampleTask], description: str, argv: list[str] | None = None) -> None:
@@ -30,7 +33,7 @@ def main(task_class: type[ExampleTask], description: str, argv: list[str] | None
 
 def _train(task_class: type[ExampleTask], arguments) -> None:
     checkpoint_dir = Path(arguments.checkpoint_dir)
-    record = arguments.task | {flag: getattr(arguments, flag) for flag in RECORDED}
+    record = arguments.task | {flag: getattr(arguments, flag) for flag in ("seed", "num_train", *RECIPE_FLAGS)}
     _refuse_foreign_directory(checkpoint_dir)
     if not arguments.overwrite and _is_finished(checkpoint_dir, record):
         print(f"Found finished {checkpoint_dir}, trained with the same flags; --overwrite trains again")
@@ -50,9 +53,14 @@ def _train(task_class: type[ExampleTask], arguments) -> None:
         f"{sum(p.numel() for p in model.parameters()):,} parameters; {num_train} training and "
         f"{len(splits['validation'])} validation examples; {accelerator.num_processes} x {accelerator.device}"
     )
-    model = fit(task, model, splits["train"], arguments, accelerator)
+    recipe = Recipe.from_arguments(arguments)
+    with tqdm(total=recipe.num_steps(num_train, accelerator.num_processes), desc="Train", unit="step",
+              disable=not accelerator.is_main_process) as bar:  # fmt: skip
+        model = fit(task, model, splits["train"], recipe, arguments.seed, accelerator, bar)
     for split, dataset in splits.items():
-        metrics = evaluate(task, model, dataset, arguments.eval_batch_size, accelerator)
+        metrics = task.metrics(
+            evaluate(task, model, dataset, arguments.eval_batch_size, accelerator, show_progress=True)
+        )
         if not all(map(math.isfinite, metrics.values())):
             raise UserError(f"training diverged: {metrics} on the {split} split; lower --learning_rate")
         accelerator.print(f"{split:<10} " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
@@ -63,62 +71,14 @@ def _train(task_class: type[ExampleTask], arguments) -> None:
     accelerator.end_training()
 
 
-def fit(task: ExampleTask, model, dataset, arguments, accelerator: Accelerator):
-    """Train the model; returns it as accelerate wrapped it.
-
-    Raises:
-        UserError: the loss is NaN or infinite.
-    """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
-    generator = torch.Generator().manual_seed(arguments.seed)
-    loader = DataLoader(dataset, arguments.train_batch_size, shuffle=True, generator=generator, collate_fn=task.collate)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    model.train()
-    total = arguments.num_train_epochs * len(loader)
-    with tqdm(total=total, desc="Train", unit="step", disable=not accelerator.is_main_process) as bar:
-        for epoch in range(arguments.num_train_epochs):
-            for step, batch in enumerate(loader):
-                with accelerator.autocast():
-                    loss = task.training_loss(model, batch)
-                accelerator.backward(loss)
-                optimizer.step()
-                optimizer.zero_grad()
-                bar.update()
-                # Not at every step on a GPU: reading the loss waits for the device.
-                if accelerator.device.type == "cpu" or bar.n % 10 == 0 or bar.n == total:
-                    value = loss.item()
-                    if not math.isfinite(value):
-                        where = f"batch {step} of epoch {epoch}"
-                        raise UserError(f"the training loss is {value} at or before {where}: lower --learning_rate")
-                    bar.set_postfix(loss=f"{value:.3f}")
-    return model
-
-
-@torch.no_grad()
-def evaluate(task: ExampleTask, model, dataset, batch_size: int, accelerator: Accelerator) -> dict[str, float]:
-    """The task's metrics over a dataset, each example once however many processes there are."""
-    model = accelerator.unwrap_model(model).eval()
-    share = range(accelerator.process_index, len(dataset), accelerator.num_processes)
-    loader = DataLoader([dataset[index] for index in share] or [dataset[0]], batch_size, collate_fn=task.collate)
-    sums: dict[str, torch.Tensor] = {}
-    for batch in tqdm(loader, desc="Evaluate", leave=False, disable=not accelerator.is_main_process):
-        batch = {key: value.to(accelerator.device) for key, value in batch.items()}
-        for name, value in task.evaluation_sums(model, batch).items():
-            sums[name] = sums.get(name, 0) + value.to(accelerator.device) * bool(share)
-    return task.metrics({name: accelerator.reduce(value).item() for name, value in sums.items()})
-
-
 def _is_finished(checkpoint_dir: Path, record: dict) -> bool:
     stored = read_training_record(checkpoint_dir)
     if not stored:
         return False
-    record = json.loads(json.dumps(record))
-    differing = [
-        f"{key} (stored {stored.get(key)}, now {value})" for key, value in record.items() if stored.get(key) != value
-    ]
+    differing = differences(stored, json.loads(json.dumps(record)))
     if differing:
         raise UserError(
-            f"{checkpoint_dir} was trained with other flags: {'; '.join(differing)}; use --overwrite to train again, "
+            f"{checkpoint_dir} was trained with other flags: {differing}; use --overwrite to train again, "
             "or choose another --checkpoint_dir"
         )
     return True

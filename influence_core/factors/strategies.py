@@ -20,9 +20,24 @@ from influence_core.errors import UserError
 from influence_core.storage import Tensors
 
 HEURISTIC = "heuristic"
-HEURISTIC_SCALE = 0.1  # of the layer's mean eigenvalue
+HEURISTIC_SCALE = 0.1
 
-Damping = float | str  # an absolute number, or HEURISTIC
+Damping = float | str  # an absolute number; "0.5x": 0.5 x the layer's mean eigenvalue; or HEURISTIC, that is "0.1x"
+
+
+def damping_scale(damping: Damping | None) -> float | None:
+    """How many times the layer's mean eigenvalue, or None for an absolute number; UserError for anything else."""
+    if not isinstance(damping, str):
+        return None
+    if damping == HEURISTIC:
+        return HEURISTIC_SCALE
+    try:
+        scale = float(damping.removesuffix("x"))
+    except ValueError:
+        scale = -1.0
+    if not (damping.endswith("x") and 0 <= scale < float("inf")):
+        raise UserError(f"a damping is a number, a multiple such as 0.5x, or {HEURISTIC}, not {damping!r}")
+    return scale
 
 
 @dataclass(frozen=True)
@@ -73,7 +88,8 @@ class Preconditioner:
         if strategy.needs_lambda:
             eigenvalues = factors["lambda_matrix"]
         if eigenvalues is not None:
-            added = HEURISTIC_SCALE * eigenvalues.mean() if damping == HEURISTIC else damping
+            scale = damping_scale(damping)
+            added = damping if scale is None else scale * eigenvalues.mean()
             self.inverse = (eigenvalues + added).reciprocal()
 
     def __call__(self, gradients: Tensor) -> Tensor:

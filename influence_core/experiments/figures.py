@@ -1,0 +1,95 @@
+"""The figures of the experiments, each drawn from a stored JSON result alone."""
+
+import json
+import os
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette: its colours stay apart for every kind of colour vision.
+COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
+STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+
+
+def draw_lds(result_path: Path, figure_path: Path) -> Path:
+    """Mean LDS of each method with its interval, each query as a dot, and the noise ceiling."""
+    result = json.loads(Path(result_path).read_text())
+    methods = sorted(result["methods"].items(), key=lambda item: -item[1]["lds"])
+    rng = np.random.default_rng(0)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(max(5.0, 1.3 + 1.1 * len(methods)), 4.2), layout="constrained")
+        axes = figure.add_subplot()
+        for position, (_, row) in enumerate(methods):
+            colour, mean = COLOURS[position % len(COLOURS)], row["lds"]
+            errors = [[max(0, mean - row["interval"][0])], [max(0, row["interval"][1] - mean)]]
+            axes.bar(position, mean, 0.62, color=colour, alpha=0.85, yerr=errors, capsize=5, zorder=2)
+            spread = position + rng.uniform(-0.22, 0.22, len(row["per_query"]))
+            axes.scatter(spread, row["per_query"], 7, color="black", alpha=0.25, linewidths=0, zorder=3)
+        if result["ceiling"] is not None:
+            axes.axhline(
+                result["ceiling"], color="black", linestyle="--", label=f"noise ceiling {result['ceiling']:.2f}"
+            )
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
+        axes.axhline(0, color="black", linewidth=0.8)
+        labels = [f"{name}\n{row['lds']:.3f}" for name, row in methods]
+        axes.set_xticks(range(len(methods)), labels)
+        axes.set_ylabel("linear datamodeling score\n(Spearman, mean over queries)")
+        axes.set_xlabel(
+            f"{result['num_queries']} queries (dots), {result['num_subsets']} subsets x {result['num_repeats']} "
+            "retrainings; bars: 95 % interval",
+            fontsize=9,
+        )
+        return _save(figure, figure_path)
+
+
+def draw_counterfactual(result_path: Path, figure_path: Path) -> Path:
+    """The first metric against the number of examples removed, one line a method."""
+    result = json.loads(Path(result_path).read_text())
+    metric, methods = next(iter(result["metrics"].items()))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6, 4.2), layout="constrained")
+        axes = figure.add_subplot()
+        for number, (name, rows) in enumerate(methods.items()):
+            means = [np.mean(values) for values in rows]
+            errors = [np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0 for values in rows]
+            look = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+            style = "--" if name == "random" else "-"
+            axes.errorbar(result["removal_sizes"], means, errors, capsize=4, linestyle=style, label=name, **look)
+        axes.set_xlabel(f"number of training sequences removed (of {result['num_train']})")
+        axes.set_ylabel(f"{metric} ({result['num_queries']} queries)")
+        axes.set_xticks(result["removal_sizes"])
+        repeats = len(next(iter(methods.values()))[0])
+        axes.legend(title=f"removed by (bars: standard error of {repeats})", title_fontsize=9)
+        return _save(figure, figure_path)
+
+
+def draw_half_precision(result_path: Path, figure_path: Path) -> Path:
+    """One query's scores in bfloat16 against those in float32."""
+    result = json.loads(Path(result_path).read_text())
+    full, half = np.array(result["float32"]), np.array(result["bfloat16"])
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.2, 4.8), layout="constrained")
+        axes = figure.add_subplot()
+        ends = [min(full.min(), half.min()), max(full.max(), half.max())]
+        axes.plot(ends, ends, color="black", linewidth=0.8, linestyle="--", label="equal")
+        label = f"query {result['shown_query']}: {len(full)} training sequences"
+        axes.scatter(full, half, 12, color=COLOURS[0], alpha=0.6, linewidths=0, label=label)
+        axes.set_xlabel(f"{result['strategy']} score, float32")
+        axes.set_ylabel(f"{result['strategy']} score, bfloat16")
+        axes.set_title(
+            f"average Spearman correlation {result['mean_spearman']:.4f} ({len(result['per_query'])} queries)",
+            fontsize=11,
+        )
+        axes.legend(loc="upper left")
+        return _save(figure, figure_path)
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    figure.savefig(temporary, dpi=150, metadata={"Software": None})
+    os.replace(temporary, path)
+    return path

@@ -1,0 +1,133 @@
+"""The one training loop, for train.py and for every retraining: AdamW at a fixed rate, in a seeded order."""
+
+import contextlib
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from influence_core.errors import UserError
+from influence_core.experiments.example import ExampleTask
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What, beside the initial model, the data and the seed, decides the trained model."""
+
+    learning_rate: float
+    weight_decay: float
+    num_train_epochs: int
+    train_batch_size: int  # of each process
+    use_half_precision: bool
+
+    @classmethod
+    def from_arguments(cls, arguments) -> "Recipe":
+        """From the flags of the same names."""
+        values = {field.name: getattr(arguments, field.name) for field in fields(cls)}
+        return cls(**values | {"use_half_precision": bool(values["use_half_precision"])})
+
+    def num_steps(self, num_examples: int, num_processes: int = 1) -> int:
+        """Steps of the optimizer."""
+        return self.num_train_epochs * math.ceil(num_examples / (self.train_batch_size * num_processes))
+
+
+class OneDevice:
+    """What `fit` and `evaluate` ask of accelerate's Accelerator, for a process that trains a model of its own.
+
+    Under torchrun an Accelerator would join all processes to train one model; retrainings are one process's each.
+    """
+
+    process_index, num_processes, is_main_process = 0, 1, True
+
+    def __init__(self, device: torch.device, use_half_precision: bool):
+        self.device, self.use_half_precision = device, use_half_precision
+
+    def prepare(self, model, optimizer, loader):
+        return model.to(self.device), optimizer, _OnDevice(loader, self.device)
+
+    def autocast(self):
+        half = self.use_half_precision
+        return torch.autocast(self.device.type, torch.bfloat16) if half else contextlib.nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def unwrap_model(self, model: nn.Module) -> nn.Module:
+        return model
+
+    def reduce(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+@dataclass
+class _OnDevice:
+    loader: DataLoader
+    device: torch.device
+
+    def __iter__(self):
+        for batch in self.loader:
+            yield {key: value.to(self.device) for key, value in batch.items()}
+
+
+def fit(task: ExampleTask, model: nn.Module, dataset, recipe: Recipe, seed: int, accelerator, bar: tqdm | None = None):
+    """Train the model; returns it as `accelerator` (an Accelerator or OneDevice) wrapped it.
+
+    Args:
+        seed: of the order of the examples; that of dropout is torch's own generator.
+        bar: moved on at every step.
+    Raises:
+        UserError: the loss is NaN or infinite.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay)
+    generator = torch.Generator().manual_seed(seed)
+    loader = DataLoader(dataset, recipe.train_batch_size, shuffle=True, generator=generator, collate_fn=task.collate)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    model.train()
+    total, done = recipe.num_steps(len(dataset), accelerator.num_processes), 0
+    for epoch in range(recipe.num_train_epochs):
+        for step, batch in enumerate(loader):
+            with accelerator.autocast():
+                loss = task.training_loss(model, batch)
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            done += 1
+            # Not at every step on a GPU: reading the loss waits for the device.
+            if accelerator.device.type == "cpu" or done % 10 == 0 or done == total:
+                value = loss.item()
+                if not math.isfinite(value):
+                    where = f"batch {step} of epoch {epoch}"
+                    raise UserError(f"the training loss is {value} at or before {where}: lower --learning_rate")
+                if bar is not None:
+                    bar.set_postfix(loss=f"{value:.3f}", refresh=False)
+            if bar is not None:
+                bar.update()
+    return model
+
+
+@torch.no_grad()
+def evaluate(
+    task: ExampleTask, model: nn.Module, dataset, batch_size: int, accelerator, show_progress: bool = False
+) -> dict[str, Tensor]:
+    """What `task.evaluation_values` says of every example: {name: [examples] float64 on the CPU}.
+
+    Each example is evaluated once, however many processes there are, and every process gets all values.
+    """
+    model = accelerator.unwrap_model(model).eval()
+    share = range(accelerator.process_index, len(dataset), accelerator.num_processes)
+    loader = DataLoader([dataset[index] for index in share] or [dataset[0]], batch_size, collate_fn=task.collate)
+    parts: dict[str, list[Tensor]] = {}
+    for batch in tqdm(loader, "Evaluate", leave=False, disable=not (show_progress and accelerator.is_main_process)):
+        batch = {key: value.to(accelerator.device) for key, value in batch.items()}
+        for name, values in task.evaluation_values(model, batch).items():
+            parts.setdefault(name, []).append(values)
+    gathered = {}
+    for name, values in parts.items():
+        whole = torch.zeros(len(dataset), dtype=torch.float64, device=accelerator.device)
+        if share:
+            whole[share.start :: share.step] = torch.cat(values).double()
+        gathered[name] = accelerator.reduce(whole).cpu()
+    return gathered

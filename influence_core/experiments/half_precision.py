@@ -1,0 +1,59 @@
+"""half_precision_analysis.py: what bfloat16 does to the scores of one strategy."""
+
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from influence_core.errors import UserError
+from influence_core.experiments import figures
+from influence_core.experiments.arguments import check_size, parse, run_script
+from influence_core.experiments.example import ExampleTask
+from influence_core.experiments.retraining import Experiment
+from influence_core.experiments.score_sources import load_all_scores
+from influence_core.storage import require_writable, write_json
+
+RESULT = "half_precision.json"
+
+
+def main(task_class: type[ExampleTask], description: str, argv: list[str] | None = None) -> None:
+    """Compare the float32 and bfloat16 scores of a strategy."""
+    run_script(lambda: _compare(task_class, parse(task_class, "half_precision_analysis", description, argv)))
+
+
+def _compare(task_class: type[ExampleTask], arguments) -> None:
+    experiment = Experiment(task_class, arguments)
+    for directory in (experiment.output_dir, Path(arguments.figure_dir)):
+        require_writable(directory)
+    (strategy,) = arguments.factor_strategy[:1]
+    shown = check_size(arguments, "show_query", len(experiment.query_dataset) - 1, "last query's number")
+    pair = [strategy, f"{strategy}_half"]
+    for name in pair:
+        if not (experiment.output_dir / f"scores_{name}").exists():
+            flag = " --use_half_precision" if name.endswith("_half") else ""
+            raise UserError(
+                f"no scores {name!r} in {experiment.output_dir}: make them with "
+                f"`python {experiment.task.name}/analyze.py --factor_strategy {strategy}{flag}`"
+            )
+    result = compare(*load_all_scores(pair, experiment).values(), shown)
+    write_json(experiment.output_dir / RESULT, {"strategy": strategy, **result})
+    print(
+        f"{strategy}: mean Spearman over {len(result['per_query'])} queries of float32 and bfloat16 scores "
+        f"{result['mean_spearman']:.4f} (min {min(result['per_query']):.4f})"
+    )
+    figure = figures.draw_half_precision(
+        experiment.output_dir / RESULT, Path(arguments.figure_dir) / "half_precision.png"
+    )
+    print(f"Stored in {experiment.output_dir / RESULT}, drawn in {figure}")
+
+
+def compare(full: np.ndarray, half: np.ndarray, shown: int) -> dict:
+    """Rank correlation of each query's scores, [queries, training examples] each, and one query's scores to draw."""
+    correlations = [float(spearmanr(a, b).statistic) for a, b in zip(full, half)]
+    return {
+        "mean_spearman": float(np.mean(correlations)),
+        "per_query": correlations,
+        "shown_query": shown,
+        "float32": full[shown].tolist(),
+        "bfloat16": half[shown].tolist(),
+    }

@@ -1,0 +1,96 @@
+"""Train again on a part of the training set, as the checkpoint was trained, and measure the queries."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from torch import Tensor
+
+from influence_core.errors import UserError
+from influence_core.experiments.analysis import load_datasets, require_checkpoint
+from influence_core.experiments.arguments import check_size, read_training_record
+from influence_core.experiments.bank import Retraining, RetrainingBank
+from influence_core.experiments.example import ExampleTask
+from influence_core.experiments.fitting import OneDevice, Recipe, evaluate, fit
+from influence_core.storage import dataset_fingerprint, model_fingerprint
+
+
+class Experiment:
+    """The task, its data, and the bank of retrainings that a script's flags name.
+
+    Under torchrun every process makes its own retrainings; they meet in the bank alone, without a process group.
+    """
+
+    def __init__(self, task_class: type[ExampleTask], arguments):
+        require_checkpoint(task_class, arguments)
+        self.arguments = arguments
+        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.task = task_class(**arguments.task)
+        self.task.checkpoint_dir = arguments.checkpoint_dir
+        self.train_dataset, self.query_dataset = load_datasets(self.task, arguments)
+        self.output_dir = Path(arguments.output_dir)
+
+    @property
+    def is_main(self) -> bool:
+        """Only this process reports."""
+        return self.rank == 0
+
+    @property
+    def datasets(self) -> tuple[Sequence[Any], Sequence[Any]]:
+        """(queries, training examples), the axes of scores."""
+        return self.query_dataset, self.train_dataset
+
+    def retrain(self, retrainings: Sequence[Retraining]) -> list[dict[str, Tensor]]:
+        """What was measured after each of them, {name: [queries]}; those that the bank lacks are made."""
+        retrainer = Retrainer(self.task, self.arguments, self.train_dataset, self.query_dataset)
+        directory = Path(self.arguments.bank_dir or self.output_dir / "retrainings")
+        bank = RetrainingBank(directory, retrainer.settings)
+        bank.complete(retrainings, retrainer, self.rank, self.world_size)
+        return [bank.load(each) for each in retrainings]
+
+
+class Retrainer:
+    """Calling it with a Retraining trains and returns the queries' values, {name: [queries] float64}.
+
+    Every retraining begins at the weights that train.py began at: those of --model_name_or_path or, from scratch, those
+    that the checkpoint's seed gives.
+    """
+
+    def __init__(self, task: ExampleTask, arguments, train_dataset: Sequence[Any], query_dataset: Sequence[Any]):
+        self.task, self.train_dataset, self.query_dataset = task, train_dataset, query_dataset
+        self.recipe = Recipe.from_arguments(arguments)
+        self.eval_batch_size = check_size(arguments, "eval_batch_size", len(query_dataset), "queries")
+        check_size(arguments, "train_batch_size", len(train_dataset), "training set")
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        self.one_device = OneDevice(device, self.recipe.use_half_precision)
+        set_seed(read_training_record(arguments.checkpoint_dir).get("seed", arguments.seed))
+        self.model = task.load_model(None).to(device)
+        self.initial = {name: value.clone() for name, value in self.model.state_dict().items()}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that decides what a retraining gives, beside what is kept and the seed."""
+        return {
+            "task": type(self.task).__qualname__,
+            "initial_model": model_fingerprint(self.model),
+            "train_dataset": dataset_fingerprint(self.train_dataset),
+            "query_dataset": dataset_fingerprint(self.query_dataset),
+            **asdict(self.recipe),
+        }
+
+    def __call__(self, retraining: Retraining) -> dict[str, Tensor]:
+        subset = [self.train_dataset[index] for index in retraining.indices]
+        if not subset:
+            raise UserError("a retraining would have no training example left: remove fewer")
+        self.model.load_state_dict(self.initial)
+        set_seed(retraining.seed)
+        model = fit(self.task, self.model, subset, self.recipe, retraining.seed, self.one_device)
+        values = evaluate(self.task, model, self.query_dataset, self.eval_batch_size, self.one_device)
+        if not all(bool(value.isfinite().all()) for value in values.values()):
+            raise UserError("the queries' measurements after a retraining are not finite: lower --learning_rate")
+        return values
