@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from influence_core.experiments import analysis, training
+from influence_core.experiments import analysis, counterfactual, half_precision, lds_evaluation, training
 from wikitext_gpt2.task import WikiTextTask
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,6 +23,14 @@ TRAIN = ["--preset", "demo", "--config_overrides", f"n_layer=1,n_embd=16,n_head=
 TRAIN += ["--vocab_size", "400", "--block_size", f"{BLOCK_SIZE}", "--num_train", f"{NUM_TRAIN}"]
 TRAIN += ["--num_train_epochs", "1", "--eval_batch_size", "16"]
 ANALYZE = ["--preset", "demo", "--num_train", f"{NUM_TRAIN}", "--num_queries", f"{NUM_QUERIES}"]
+
+SCRIPTS = {
+    "train": training,
+    "analyze": analysis,
+    "evaluate_lds": lds_evaluation,
+    "run_counterfactual": counterfactual,
+    "half_precision_analysis": half_precision,
+}
 
 _BAR = re.compile(r"^[A-Z][\w ()]*: +\d+%\||^Generating \w+ split: ")  # a progress bar
 
@@ -53,7 +61,7 @@ class Outcome:
 
 def run(script: str, *flags, task_class=WikiTextTask) -> Outcome:
     """The script's main function in this process; an exception other than SystemExit fails the test, as it should."""
-    main = {"train": training, "analyze": analysis}[script].main
+    main = SCRIPTS[script].main
     out, err, code, threads = io.StringIO(), io.StringIO(), 0, torch.get_num_threads()
     torch.set_num_threads(1)  # tiny products: more threads would only wait for each other
     try:

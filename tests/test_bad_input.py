@@ -23,7 +23,7 @@ ZERO_OR_NEGATIVE = [
       for value in ("0", "-1")),
     *(("analyze", flag, value) for flag in ("num_queries", "num_train", "memory_budget_gb") for value in ("0", "-3")),
     ("analyze", "damping_factor", "-0.5"),
-    ("analyze", "damping_factor", "nan"),
+    *(("analyze", "damping_factor", value) for value in ("nan", "-1x", "x", "nanx", "infx")),
     ("analyze", "show_queries", "-1"),
     *(("train", flag, "0") for flag in ("train_batch_size", "eval_batch_size", "num_train", "block_size")),
     *(("train", "learning_rate", value) for value in ("0", "-0.5", "nan")),

@@ -2,8 +2,16 @@
 
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
 
-from influence_core.experiments.lds import linear_datamodeling_scores
+from influence_core.experiments.lds import (
+    bootstrap,
+    linear_datamodeling_scores,
+    noise_ceiling,
+    predicted_measurements,
+    subset_masks,
+)
+from influence_core.experiments.lds_evaluation import choose, evaluate
 
 GENERATOR = np.random.default_rng(0)
 SCORES = GENERATOR.normal(size=(4, 30))
@@ -34,3 +42,59 @@ def test_constant_outcomes_and_predictions_are_refused():
 def test_shapes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="shapes do not fit"):
         linear_datamodeling_scores(MASKS, SCORES, MASKS @ SCORES.T[:, :3])
+
+
+def test_subsets_are_random_of_one_size_and_do_not_depend_on_their_number():
+    masks = subset_masks(101, 40, 0.5, seed=3)
+    assert masks.dtype == bool and (masks.sum(1) == 50).all()
+    assert (subset_masks(101, 7, 0.5, seed=3) == masks[:7]).all()
+    assert len({mask.tobytes() for mask in masks}) == 40
+    assert (subset_masks(101, 40, 0.5, seed=4) != masks).any()
+    assert masks.mean(0).min() > 0.15 and masks.mean(0).max() < 0.85  # no example is favoured
+
+
+def test_the_ceiling_is_what_the_true_mean_scores():
+    """Simulated: outcome = truth + noise of known size. The truth's own LDS is the ceiling."""
+    rng = np.random.default_rng(1)
+    truth = rng.normal(size=(400, 1, 30))
+    for num_repeats, noise in ((2, 1.0), (3, 0.5), (5, 2.0)):
+        measurements = truth + noise * rng.normal(size=(400, num_repeats, 30))
+        exact = (1 + noise**2 / num_repeats) ** -0.5  # Pearson's; ranks correlate a little less
+        reached = np.mean([spearmanr(a, b).statistic for a, b in zip(truth[:, 0].T, measurements.mean(1).T)])
+        assert noise_ceiling(measurements).mean() == pytest.approx(reached, abs=0.02) == pytest.approx(exact, abs=0.04)
+
+
+def test_the_ceiling_of_pure_noise_is_low_and_of_one_repeat_unknown():
+    noise = np.random.default_rng(2).normal(size=(400, 4, 30))
+    assert noise_ceiling(noise).mean() < 0.25  # the square root of what is left by chance
+    assert noise_ceiling(noise[:, :1]) is None
+    assert noise_ceiling(np.repeat(noise[:, :1], 2, axis=1)) == pytest.approx(np.ones(30))
+
+
+def test_the_bootstrap_covers_the_truth_and_pairs_methods():
+    """Its interval holds the mean LDS; two equal methods differ by nothing in every sample."""
+    outcomes = -MASKS @ SCORES.T + np.random.default_rng(3).normal(size=(50, 4))
+    predictions = {name: predicted_measurements(MASKS, SCORES, outcomes) for name in ("one", "other")}
+    samples = bootstrap(predictions, outcomes, num_samples=200)
+    low, high = np.quantile(samples["one"], (0.025, 0.975))
+    assert low < linear_datamodeling_scores(MASKS, SCORES, outcomes).mean() < high < 1
+    assert high - low > 0.01 and (samples["one"] == samples["other"]).all()
+
+
+def test_significance_is_counted_per_query():
+    """Two planted queries of four."""
+    outcomes = np.random.default_rng(4).normal(size=(50, 4))
+    outcomes[:, :2] = -(MASKS @ SCORES.T)[:, :2]
+    result = evaluate({"planted": SCORES}, MASKS, outcomes[:, None])
+    assert result["methods"]["planted"]["num_significant"] == 2
+    assert result["methods"]["planted"]["max"] == pytest.approx(1) and result["ceiling"] is None
+
+
+def test_choosing_on_one_half_and_reporting_on_the_other():
+    """The method planted in the even subsets is chosen, and what it is worth on the odd ones is said."""
+    outcomes = -MASKS @ SCORES.T
+    other = np.random.default_rng(5).normal(size=SCORES.shape)
+    outcomes[1::2] = -MASKS[1::2] @ other.T
+    chosen = choose({"even": SCORES, "odd": other}, MASKS, outcomes[:, None])
+    assert chosen["best"] == "even" and chosen["chosen_on"]["even"] == pytest.approx(1)
+    assert chosen["reported_on"]["odd"] == pytest.approx(1) and chosen["reported_on"]["even"] < 0.5

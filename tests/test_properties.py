@@ -104,6 +104,8 @@ def test_heuristic_damping_is_a_tenth_of_each_layers_mean_eigenvalue(tmp_path, f
         total = total + score_tiny(tmp_path / name, task, [strategy], damping=0.1 * float(mean))[strategy]
     heuristic = score_tiny(tmp_path / "heuristic", None, [strategy], damping="heuristic")[strategy]
     assert relative_error(heuristic, total) < 1e-10
+    multiple = score_tiny(tmp_path / "multiple", None, [strategy], damping="0.1x")[strategy]
+    assert torch.equal(multiple, heuristic)
     assert relative_error(heuristic, score_tiny(tmp_path / "none", None, [strategy], damping=0.0)[strategy]) > 0.1
 
 

@@ -60,6 +60,9 @@ class WikiTextTask(ExampleTask):
             "num_train_epochs": 5,
             "factor_strategy": ["ekfac", "identity"],
             "show_queries": 3,
+            "num_masks": 10,
+            "num_repeats.evaluate_lds": 2,
+            "figure_dir": "demo/wikitext_gpt2/figure",
         },
     }
 

@@ -125,10 +125,14 @@ def check_size(arguments: argparse.Namespace, flag: str, size: int, of: str) -> 
 
 
 def _defaults(defaults: dict, script: str) -> dict:
-    """Those of the script: "flag" and "flag.script"."""
-    plain = {flag: value for flag, value in defaults.items() if "." not in flag}
-    own = {flag.split(".")[0]: value for flag, value in defaults.items() if flag.endswith(f".{script}")}
-    return plain | own
+    """Those of the script: "flag", "flag.train" where it trains, and "flag.script"."""
+    trains = _add_recipe_arguments in SCRIPTS[script]
+    chosen = {flag: value for flag, value in defaults.items() if "." not in flag}
+    for suffix in (".train" if trains else None, f".{script}"):
+        chosen |= {
+            flag.removesuffix(suffix): value for flag, value in defaults.items() if suffix and flag.endswith(suffix)
+        }
+    return chosen
 
 
 def _add_task_arguments(parser: argparse.ArgumentParser, task_class: type[ExampleTask]) -> list[str]:
@@ -142,9 +146,15 @@ def _add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint_dir", help="where train.py leaves the model and analyze.py finds it")
     parser.add_argument("--num_train", type=int, help="use the first so many training examples (default: all)")
     parser.add_argument("--seed", type=int, help="of everything random")
+
+
+def _add_pass_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--use_half_precision", action="store_true", help="bfloat16 model and products, float32 sums")
-    parser.add_argument("--overwrite", action="store_true", help="compute and store again what is stored already")
     parser.add_argument("--train_batch_size", type=int, help="training examples in one pass")
+
+
+def _add_overwrite_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="compute and store again what is stored already")
 
 
 def _add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -209,12 +219,12 @@ def _add_half_precision_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 SCRIPTS = {
-    "train": [_add_recipe_arguments],
-    "analyze": [_add_result_arguments, _add_analyze_arguments],
-    "evaluate_lds": [_add_recipe_arguments, _add_result_arguments, _add_retraining_arguments, _add_lds_arguments,
-                     _add_figure_arguments],
-    "run_counterfactual": [_add_recipe_arguments, _add_result_arguments, _add_retraining_arguments,
-                           _add_counterfactual_arguments, _add_figure_arguments],
+    "train": [_add_pass_arguments, _add_recipe_arguments, _add_overwrite_argument],
+    "analyze": [_add_result_arguments, _add_pass_arguments, _add_analyze_arguments, _add_overwrite_argument],
+    "evaluate_lds": [_add_result_arguments, _add_retraining_arguments, _add_lds_arguments, _add_figure_arguments,
+                     _add_pass_arguments, _add_recipe_arguments],
+    "run_counterfactual": [_add_result_arguments, _add_retraining_arguments, _add_counterfactual_arguments,
+                           _add_figure_arguments, _add_pass_arguments, _add_recipe_arguments],
     "half_precision_analysis": [_add_result_arguments, _add_half_precision_arguments, _add_figure_arguments],
 }  # fmt: skip
 
@@ -233,7 +243,9 @@ def _describe_defaults(parser: argparse.ArgumentParser, task_class: type[Example
     for action in parser._actions:
         values = {name: defaults.get(action.dest) for name, defaults in by_preset.items()}
         if action.dest != "help" and any(value is not None for value in values.values()):
-            shown = {name: " ".join(value) if isinstance(value, list) else value for name, value in values.items()}
+            shown = {
+                name: " ".join(map(str, value)) if isinstance(value, list) else value for name, value in values.items()
+            }
             same = len(set(map(str, shown.values()))) == 1
             text = (
                 next(iter(shown.values())) if same else ", ".join(f"{name}: {value}" for name, value in shown.items())

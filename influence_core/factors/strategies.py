@@ -36,7 +36,7 @@ def damping_scale(damping: Damping | None) -> float | None:
     except ValueError:
         scale = -1.0
     if not (damping.endswith("x") and 0 <= scale < float("inf")):
-        raise UserError(f"a damping is a number, a multiple such as 0.5x, or {HEURISTIC}, not {damping!r}")
+        raise UserError(f"--damping_factor is a number, a multiple such as 0.5x, or {HEURISTIC}, not {damping!r}")
     return scale
 
 

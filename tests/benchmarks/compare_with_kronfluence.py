@@ -10,6 +10,7 @@ activation kernel.
 """
 
 import argparse
+import inspect
 import json
 import tempfile
 import time
@@ -192,10 +193,7 @@ def print_times(rows, result, peaks):
     print(f"matrix-product peak in this run: {result['matrix_product_gflops']:.0f} GFLOP/s")
 
 
-TASK_FLAGS = (
-    "model_name_or_path", "tokenizer_name_or_path", "config_overrides", "dataset_name_or_path", "dataset_config",
-    "block_size", "vocab_size",
-)  # fmt: skip
+TASK_FLAGS = tuple(inspect.signature(WikiTextTask).parameters)
 
 if __name__ == "__main__":
     main()
