@@ -235,10 +235,24 @@ def _tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """A digest of all parameters and buffers, names and values."""
-    return _digest(
-        part for name, tensor in model.state_dict().items() for part in (name.encode(), _tensor_bytes(tensor))
-    )
+    """A digest of all parameters and buffers, names and values, and of a Transformers model's config.
+
+    The config tells models apart whose tensors are the same: number of heads, activation, dropout.
+    """
+
+    def parts():
+        config = model.config.to_dict() if hasattr(model, "config") else {}
+        config = {key: value for key, value in config.items() if key not in _NOT_OF_THE_MODEL}
+        yield json.dumps(config, sort_keys=True, default=str).encode()
+        for name, tensor in model.state_dict().items():
+            yield name.encode()
+            yield _tensor_bytes(tensor)
+
+    return _digest(parts())
+
+
+# Of a config: where it came from and how it was loaded.
+_NOT_OF_THE_MODEL = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"}
 
 
 def dataset_fingerprint(dataset: Sequence[Any]) -> str:

@@ -4,6 +4,7 @@ import json
 import math
 import re
 
+import matplotlib.colors
 import matplotlib.image
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from scipy.stats import spearmanr
 from influence_core.experiments.arguments import parse
 from influence_core.experiments.bank import Retraining
 from influence_core.experiments.example import MEASUREMENT
+from influence_core.experiments.figures import COLOURS
 from influence_core.experiments.retraining import Experiment, Retrainer
 from influence_core.experiments.score_sources import tfidf_scores
+from influence_core.storage import differences
 from tests.scripts import ANALYZE, NUM_QUERIES, NUM_TRAIN, ROOT, TRAIN, contents, run, run_process
 from wikitext_gpt2.task import WikiTextTask
 
@@ -51,12 +54,13 @@ def stored(place, name):
     return json.loads((output_dir(place) / f"{name}.json").read_text())
 
 
-def assert_drawn(path):
-    """The figure is there, of a size that a README shows well, and not blank."""
+def assert_drawn(path, num_colours):
+    """The figure is there, of a size that a README shows well, with marks in so many of the palette's colours."""
     pixels = matplotlib.image.imread(path)[..., :3]
     assert 400 < pixels.shape[1] < 2000
-    colours = np.unique((pixels.reshape(-1, 3) * 255).astype(int), axis=0)
-    assert len(colours) > 20 and 0.02 < (pixels < 0.9).any(-1).mean() < 0.8
+    for number, colour in enumerate(COLOURS[:4]):
+        near = np.abs(pixels - matplotlib.colors.to_rgb(colour)).max(-1) < 0.15
+        assert (near.sum() > 100) == (number < num_colours), colour
 
 
 def bank_files(place):
@@ -72,8 +76,8 @@ def test_lds_from_end_to_end(evaluated, place):
     masks, outcomes = {}, {}
     for path in (output_dir(place) / "retrainings").glob("*.safetensors"):
         entry = load_file(path)
-        masks[entry["keep"].numpy().tobytes()] = entry["keep"].double()
-        outcomes.setdefault(entry["keep"].numpy().tobytes(), []).append(entry["measurement"])
+        masks[entry["mask"].numpy().tobytes()] = entry["mask"].double()
+        outcomes.setdefault(entry["mask"].numpy().tobytes(), []).append(entry["measurement"])
     assert len(masks) == 6 and all(mask.sum() == NUM_TRAIN // 2 for mask in masks.values())
     predicted = -torch.stack(list(masks.values())) @ scores(place, "ekfac").double().T
     actual = torch.stack([torch.stack(pair).mean(0) for pair in outcomes.values()])
@@ -90,12 +94,12 @@ def test_lds_from_end_to_end(evaluated, place):
 def test_the_figures_are_drawn_from_what_is_stored(evaluated, place):
     """A second run trains nothing, and says the same; the figure is made again."""
     figure = place[-1] / "lds.png"
-    assert_drawn(figure)
+    assert_drawn(figure, 4)
     figure.unlink()
     before = bank_files(place)
     again = run("evaluate_lds", *place, *LDS).ok()
     assert again == evaluated and bank_files(place) == before
-    assert_drawn(figure)
+    assert_drawn(figure, 4)
 
 
 def test_the_counterfactual_from_end_to_end(evaluated, place):
@@ -109,17 +113,18 @@ def test_the_counterfactual_from_end_to_end(evaluated, place):
     result = stored(place, "counterfactual")
     values = result["metrics"]["mean query perplexity"]
     assert list(values) == ["ekfac", "identity", "random"] and result["removal_sizes"] == [0, 4, 8]
-    assert values["ekfac"][0] == values["identity"][0] == values["random"][0]
+    assert values["ekfac"]["values"][0] == values["identity"]["values"][0] == values["random"]["values"][0]
     top = scores(place, "ekfac")[:3].sum(0).topk(8).indices
     entries = [load_file(output_dir(place) / "retrainings" / name) for name in new]
-    removed = [entry for entry in entries if entry["keep"].sum() == NUM_TRAIN - 8 and not entry["keep"][top].any()]
+    removed = [entry for entry in entries if entry["mask"].sum() == NUM_TRAIN - 8 and not entry["mask"][top].any()]
     perplexities = [float((e["measurement"][:3] / e["positions"][:3]).exp().mean()) for e in removed]
-    assert sorted(perplexities) == pytest.approx(sorted(values["ekfac"][2]))
+    assert sorted(perplexities) == pytest.approx(sorted(values["ekfac"]["values"][2]))
     mean, error = np.mean(perplexities), np.std(perplexities, ddof=1) / math.sqrt(2)
+    assert (values["ekfac"]["mean"][2], values["ekfac"]["standard_error"][2]) == pytest.approx((mean, error))
     assert f"{mean:.4g} ± {error:.2g}" in out
-    drawn = {tuple(np.flatnonzero(e["keep"].numpy() == 0)) for e in entries if e["keep"].sum() == NUM_TRAIN - 4}
+    drawn = {tuple(np.flatnonzero(e["mask"].numpy() == 0)) for e in entries if e["mask"].sum() == NUM_TRAIN - 4}
     assert len(drawn) == 4  # two kinds of scores, and random ones drawn afresh for each repeat
-    assert_drawn(place[-1] / "counterfactual.png")
+    assert_drawn(place[-1] / "counterfactual.png", 3)
 
 
 def test_half_precision_from_end_to_end(place):
@@ -129,7 +134,7 @@ def test_half_precision_from_end_to_end(place):
     expected = [spearmanr(a, b).statistic for a, b in zip(full, half)]
     assert result["per_query"] == pytest.approx(expected) and f"{np.mean(expected):.4f} (min" in out
     assert result["float32"] == full[2].tolist() and 0.5 < result["mean_spearman"] < 1
-    assert_drawn(place[-1] / "half_precision.png")
+    assert_drawn(place[-1] / "half_precision.png", 1)
 
 
 @pytest.mark.slow
@@ -210,10 +215,12 @@ def test_pickled_ground_truth_takes_a_deliberate_flag(place, tmp_path):
     [
         (["--scores", "nothing"], ["no scores 'nothing'", "ekfac, ekfac_half, identity"]),
         (["--scores", "ekfac", "ekfac"], ["names one twice"]),
-        (["--scores", "ekfac", "--num_train", "60"], ["train_dataset"]),
-        (["--scores", "ekfac", "--num_queries", "3"], ["query_dataset"]),
+        (["--scores", "ekfac", "--num_train", "60"], ["64 training examples", "and 60: give --num_queries"]),
+        (["--scores", "ekfac", "--num_queries", "3"], ["are of 4 queries", "here are 3", "--num_queries"]),
         (["--scores", str(ROOT / "README.md")], ["README.md can't be read as scores"]),
         (["--masks", "x.npy"], ["--masks and --measurements go together"]),
+        (["--num_masks", "1"], ["--num_masks 2 at least, not 1"]),
+        (["--num_masks", "3", "--choose"], ["--num_masks 4 at least"]),
         (["--num_masks", "0"], ["--num_masks must be positive"]),
         (["--subset_fraction", "1.0"], ["--subset_fraction must be below 1"]),
         (["--subset_fraction", "0.001"], ["keeps all or none"]),
@@ -243,17 +250,75 @@ def test_bad_input_of_run_counterfactual(flags, contains, evaluated, place):
     assert contents(output_dir(place)) == before
 
 
-def test_half_precision_says_which_scores_are_missing(place, tmp_path):
+def test_half_precision_says_which_scores_are_missing_or_made_otherwise(place, tmp_path):
     flags = [*place[: place.index("--output_dir") + 1], tmp_path]
     run("half_precision_analysis", *flags).error("no scores 'ekfac'", "analyze.py --factor_strategy ekfac")
+    flags += ["--num_train", NUM_TRAIN, "--factor_strategy", "ekfac"]
+    run("analyze", *flags, "--damping_factor", "1x").ok()
+    run("analyze", *flags, "--damping_factor", "2x", "--use_half_precision").ok()
+    run("half_precision_analysis", *flags).error("differ by more than their precision", "damping (stored 1x, now 2x)")
+
+
+def test_scores_of_another_checkpoint_are_refused(place, tmp_path):
+    """The same data, other weights: an LDS of these scores against that checkpoint would mean nothing."""
+    run("train", *TRAIN, "--learning_rate", "0.01", "--checkpoint_dir", tmp_path / "other").ok()
+    flags = ["--scores", "ekfac", "--checkpoint_dir", tmp_path / "other"]
+    run("evaluate_lds", *place, *LDS, *flags).error("are not of the checkpoint", "model (stored", "analyze.py")
+
+
+def test_retraining_otherwise_than_the_checkpoint_is_said(place, tmp_path):
+    flags = ["--bank_dir", tmp_path, "--learning_rate", "0.001", "--scores", "ekfac"]
+    out = run("evaluate_lds", *place, *LDS, *flags).ok()
+    assert "Note: retraining is not as the checkpoint was trained: learning_rate (stored 0.002, now 0.001)" in out
+    assert "Note" not in run("evaluate_lds", *place, *LDS, "--scores", "ekfac").ok()
+
+
+def test_a_bank_of_a_model_with_other_dropout_is_refused(tmp_path):
+    """The initial weights are the same; their digest alone would not tell."""
+    settings = []
+    for dropout in ("0", "0.5"):
+        directory = tmp_path / dropout
+        config = NO_DROPOUT.replace("resid_pdrop=0", f"resid_pdrop={dropout}")
+        run("train", *TRAIN, "--config_overrides", config, "--checkpoint_dir", directory).ok()
+        arguments = parse(WikiTextTask, "evaluate_lds", "", [*COMMON, "--checkpoint_dir", str(directory)])
+        experiment = Experiment(WikiTextTask, arguments)
+        settings.append(Retrainer(experiment.task, arguments, *experiment.datasets[::-1]).settings)
+    assert differences(*settings).startswith("initial_model") and ";" not in differences(*settings)
+
+
+def test_measurements_that_are_not_finite_are_refused(place, tmp_path):
+    files = ground_truth(tmp_path, place, "npy")
+    measurements = np.load(files[3])
+    measurements[3, 1] = np.nan
+    np.save(files[3], measurements)
+    run("evaluate_lds", *place, *files, "--scores", "ekfac").error("measurements.npy holds numbers that are not finite")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no array"])
+def test_ground_truth_that_cannot_be_read(content, place, tmp_path):
+    """No advice to unpickle what is no pickle."""
+    files = ground_truth(tmp_path, place, "npy")
+    files[1].unlink() if content is None else files[1].write_bytes(content)
+    message = run("evaluate_lds", *place, *files, "--scores", "ekfac").error("masks.npy")
+    assert "--allow_pickle" not in message or content == b"no array"  # to numpy, what is no array may be a pickle
+
+
+def test_scores_made_elsewhere(place, tmp_path):
+    """A file of another program, in bfloat16; two of one name are told apart by their paths."""
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        save_file({"all_modules": scores(place, "ekfac").bfloat16()}, tmp_path / name / "pairwise_scores.safetensors")
+    paths = [f"{tmp_path}/{name}/pairwise_scores.safetensors" for name in ("one", "other")]
+    run("evaluate_lds", *place, *LDS, "--scores", *paths).ok()
+    assert list(stored(place, "lds")["methods"]) == paths
 
 
 @pytest.mark.parametrize("shape", [(19, NUM_TRAIN), (20, NUM_TRAIN - 1)])
 def test_ground_truth_that_does_not_fit_is_refused(shape, place, tmp_path):
     files = ground_truth(tmp_path, place, "npy")
     np.save(files[1], np.ones(shape))
-    error = run("evaluate_lds", *place, *files, "--scores", "ekfac").error("must be [")
-    assert str(shape) in error or "(20, 4)" in error or str((20, 1, 4)) in error
+    told = f"masks.npy must be [subsets, 64] of 0 and 1; it is {shape}" if shape[1] != NUM_TRAIN else "not (20, 1, 4)"
+    run("evaluate_lds", *place, *files, "--scores", "ekfac").error(told)
 
 
 def test_tfidf_by_hand():

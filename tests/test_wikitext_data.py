@@ -23,7 +23,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def wikitext(config, block_size=512):
-    return WikiTextTask(None, str(TOKENIZER), None, str(WIKITEXT), config, block_size, None)
+    return WikiTextTask(None, str(TOKENIZER), None, str(WIKITEXT), config, None, None, block_size, None)
 
 
 def cut(rows, tokenizer, rows_per_group, block_size=512):
@@ -54,6 +54,21 @@ def test_blocks_of_wikitext(config, split, num_rows):
     assert blocks != cut(rows, task.tokenizer, num_rows), "else the grouping would not show"
     some = task.load_dataset(split, [5, 3])
     assert [example["input_ids"].tolist() for example in some] == [blocks[5], blocks[3]]
+
+
+@needs_wikitext
+def test_parts_of_splits_and_a_tokenizer_of_their_text():
+    """--train_split and --validation_split name parts that do not meet; --vocab_size trains a tokenizer on the one."""
+    config = "n_layer=1,n_embd=8,n_head=2,n_positions=64"
+    task = WikiTextTask(
+        None, None, config, str(WIKITEXT), "wikitext-2-v1", "validation[:5%]", "validation[5%:8%]", 64, 300
+    )
+    assert task.load_model(None).config.vocab_size == len(task.tokenizer) == 300
+    (path,) = (WIKITEXT / "wikitext-2-v1").glob("validation-*.parquet")
+    rows = datasets.Dataset.from_parquet(str(path))["text"]
+    for split, part in (("train", rows[:188]), ("validation", rows[188:301])):
+        text = "".join(task.tokenizer.decode(example["input_ids"]) for example in task.load_dataset(split))
+        assert len(text) > 1000 and "".join(part).startswith(text)
 
 
 @needs_wikitext

@@ -45,6 +45,7 @@ class WikiTextTask(ExampleTask):
             "num_train_epochs": 3,
             "train_batch_size.train": 8,
             "eval_batch_size": 16,
+            "damping_factor": "0.01x",  # the best by LDS, see README.md
             "query_batch_size": 32,
             "train_batch_size.analyze": 64,
             "factor_batch_size": 64,
@@ -59,6 +60,7 @@ class WikiTextTask(ExampleTask):
             "learning_rate": 2e-3,
             "num_train_epochs": 5,
             "factor_strategy": ["ekfac", "identity"],
+            "damping_factor": "0.01x",
             "show_queries": 3,
             "num_masks": 10,
             "num_repeats.evaluate_lds": 2,

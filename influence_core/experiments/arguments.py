@@ -7,6 +7,7 @@ checkpoint was trained with; the preset's default; the default of all examples.
 import argparse
 import json
 import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -215,6 +216,7 @@ def _add_counterfactual_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_half_precision_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--factor_strategy", nargs=1, help="whose scores to compare")
+    parser.add_argument("--scores_suffix", help="that of the scores, if they were stored with one")
     parser.add_argument("--show_query", type=int, help="the query whose scores are drawn")
 
 
@@ -271,6 +273,9 @@ def _check_values(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{flag} must be {'at least 0' if flag in at_least_zero else 'positive'}, not {value}")
     if (getattr(arguments, "subset_fraction", None) or 0.5) >= 1:
         raise UserError(f"--subset_fraction must be below 1, not {arguments.subset_fraction}")
+    suffix = getattr(arguments, "scores_suffix", None)
+    if suffix is not None and (not re.fullmatch(r"[\w.-]+", suffix) or suffix == "half"):
+        raise UserError(f"--scores_suffix is a word of letters, digits and -_. other than half, not {suffix!r}")
     damping_scale(getattr(arguments, "damping_factor", None))
     strategies = getattr(arguments, "factor_strategy", None) or []
     if len(set(strategies)) < len(strategies):

@@ -2,15 +2,17 @@
 
 A bank is a directory: bank.json says what all its retrainings have in common (initial model, data, recipe), and each
 retraining is a small file, named by what was kept and the seed. Any number of processes, on any number of machines that
-share the directory, work on it side by side: who holds a retraining's lock does it. The kernel frees the lock of a
-process that dies.
+share the directory, work on it side by side: who holds a retraining's lock does it, and the kernel frees the lock of a
+process that dies. A directory that machines share must be on a file system whose locks (flock) hold across them, as
+those of NFS do unless it is mounted with local locks.
 """
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from tqdm import tqdm
 from influence_core.errors import UserError
 from influence_core.storage import differences, write_json, write_tensors
 
-KEEP, SEED = "keep", "seed"  # names of the stored tensors that say which retraining it is
+MASK, SEED = "mask", "seed"  # names of the stored tensors that say which retraining it is
 WAIT_SECONDS = 1.0  # between two looks at what other processes have finished
 
 
@@ -33,22 +35,22 @@ WAIT_SECONDS = 1.0  # between two looks at what other processes have finished
 class Retraining:
     """What to train on, and the seed of order and dropout."""
 
-    keep: bytes  # one byte for each training example: 1 kept, 0 removed
+    mask: bytes  # one byte for each training example: 1 kept, 0 removed
     seed: int
 
     @classmethod
-    def of(cls, keep: np.ndarray, *seeds: int) -> "Retraining":
-        """keep: [training examples] bool; seeds: numbers that together make the seed."""
-        return cls(np.asarray(keep, dtype=np.uint8).tobytes(), int(np.random.SeedSequence(seeds).generate_state(1)[0]))
+    def of(cls, mask: np.ndarray, *seeds: int) -> "Retraining":
+        """mask: [training examples] bool, true where kept; seeds: numbers that together make the seed."""
+        return cls(np.asarray(mask, dtype=np.uint8).tobytes(), int(np.random.SeedSequence(seeds).generate_state(1)[0]))
 
     @property
     def name(self) -> str:
-        return hashlib.sha256(self.keep + self.seed.to_bytes(8)).hexdigest()[:20]
+        return hashlib.sha256(self.mask + self.seed.to_bytes(8)).hexdigest()[:20]
 
     @property
     def indices(self) -> list[int]:
         """Of the examples that are kept."""
-        return np.flatnonzero(np.frombuffer(self.keep, dtype=np.uint8)).tolist()
+        return np.flatnonzero(np.frombuffer(self.mask, dtype=np.uint8)).tolist()
 
 
 class RetrainingBank:
@@ -63,11 +65,11 @@ class RetrainingBank:
     def __init__(self, directory: Path, settings: Mapping[str, Any]):
         self.directory, self.settings = Path(directory), dict(settings)
         path = self.directory / "bank.json"
+        with self._lock("bank", timeout=-1):  # two that begin at once must not both name the bank
+            if not path.exists():
+                write_json(path, self.settings)
         try:
             stored = dict(json.loads(path.read_text()))
-        except FileNotFoundError:
-            write_json(path, self.settings)
-            stored = self.settings
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{path} is not readable ({error}): choose another --bank_dir") from None
         differing = differences(stored, self.settings)
@@ -88,10 +90,10 @@ class RetrainingBank:
         path = self.path(retraining)
         with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
             values = {name: file.get_tensor(name) for name in file.keys()}
-            keep, seed = values.pop(KEEP, None), values.pop(SEED, None)
-            if keep is not None and keep.numpy().tobytes() == retraining.keep and seed == retraining.seed:
+            mask, seed = values.pop(MASK, None), values.pop(SEED, None)
+            if mask is not None and mask.numpy().tobytes() == retraining.mask and seed == retraining.seed:
                 return values
-        raise UserError(f"{path} is truncated or altered: remove it, and it is made again")
+        raise UserError(f"{path} is truncated or of another retraining: remove it, and it is made again")
 
     def complete(
         self,
@@ -117,24 +119,35 @@ class RetrainingBank:
                 todo = [each for each in todo if not self.path(each).exists()]
                 bar.update(len(retrainings) - len(todo) - bar.n)
                 if todo and mine is None:
-                    time.sleep(WAIT_SECONDS)  # what is left is in other hands
+                    bar.set_postfix_str(f"{len(todo)} in other hands")
+                    time.sleep(WAIT_SECONDS)
 
     def _try(self, retraining: Retraining, retrain: Callable[[Retraining], dict[str, Tensor]]) -> bool:
         """Do a retraining unless it is done, or in other hands; whether this process did it."""
         path = self.path(retraining)
-        lock = FileLock(self.directory / "locks" / f"{retraining.name}.lock", timeout=0)
         try:
-            Path(lock.lock_file).parent.mkdir(exist_ok=True)
-            lock.acquire()
+            with self._lock(retraining.name, timeout=0):
+                os.close(os.open(self.directory, os.O_RDONLY))  # a network file system then looks for the file anew
+                if path.exists():
+                    return False
+                mask = torch.frombuffer(bytearray(retraining.mask), dtype=torch.uint8)
+                write_tensors(path, {MASK: mask, SEED: torch.tensor(retraining.seed)} | retrain(retraining))
+                return True
         except Timeout:
             return False
-        except OSError as error:
-            raise UserError(f"{self.directory} can't be written: {error.strerror or error}") from None
+
+    @contextmanager
+    def _lock(self, name: str, timeout: float):
+        lock = FileLock(self.directory / "locks" / f"{name}.lock", timeout, fallback_to_soft=False)
         try:
-            if path.exists():
-                return False
-            keep = torch.frombuffer(bytearray(retraining.keep), dtype=torch.uint8)
-            write_tensors(path, {KEEP: keep, SEED: torch.tensor(retraining.seed)} | retrain(retraining))
-            return True
+            Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout:
+            raise
+        except (OSError, NotImplementedError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{self.directory} can't be written, or its file system has no locks: {reason}") from None
+        try:
+            yield
         finally:
             lock.release()

@@ -24,16 +24,17 @@ def main(task_class: type[ExampleTask], description: str, argv: list[str] | None
 
 def _run(task_class: type[ExampleTask], arguments) -> None:
     experiment = Experiment(task_class, arguments)
-    for directory in (experiment.output_dir, Path(arguments.figure_dir)):
-        require_writable(directory)
     num_train = len(experiment.train_dataset)
     sizes = sorted({0, *arguments.removal_sizes})
     if sizes[-1] >= num_train:
         raise UserError(f"--removal_sizes {sizes[-1]} leaves nothing of the training set, which has {num_train}")
     num_queries = check_size(arguments, "num_counterfactual_queries", len(experiment.query_dataset), "queries")
-    scores = load_all_scores(arguments.scores, experiment, baseline=False)
+    stored = load_all_scores(arguments.scores, experiment, baseline=False)
+    scores = {name: each.matrix for name, each in stored.items()}
     if RANDOM in scores:
         raise UserError(f"scores named {RANDOM!r} can't be told from random removal: rename their directory")
+    for directory in (experiment.output_dir, Path(arguments.figure_dir)):
+        require_writable(directory)
     summed = {name: matrix[:num_queries].sum(0) for name, matrix in scores.items()}
     retrainings = plan_retrainings(summed, num_train, sizes, arguments.num_repeats, arguments.seed)
     values = experiment.retrain(list(retrainings.values()))
@@ -46,17 +47,22 @@ def _run(task_class: type[ExampleTask], arguments) -> None:
     result = {
         "num_queries": num_queries,
         "num_train": num_train,
+        "num_repeats": arguments.num_repeats,
         "removal_sizes": sizes,
         "metrics": {
             metric: {
-                method: [
-                    [metrics[method, size, repeat][metric] for repeat in range(arguments.num_repeats)] for size in sizes
-                ]
+                method: summarize(
+                    [
+                        [metrics[method, size, repeat][metric] for repeat in range(arguments.num_repeats)]
+                        for size in sizes
+                    ]
+                )
                 for method in (*scores, RANDOM)
             }
             for metric in next(iter(metrics.values()))
         },
-    }  # fmt: skip
+        "settings": experiment.settings | {"scores": {name: each.settings for name, each in stored.items()}},
+    }
     write_json(experiment.output_dir / RESULT, result)
     print(f"\n{table(result)}\n")
     figure = figures.draw_counterfactual(
@@ -70,9 +76,8 @@ def plan_retrainings(
 ) -> dict[tuple[str, int, int], Retraining]:
     """{(method, number removed, repeat): retraining}.
 
-    A repeat has one seed for all methods and sizes, so that they are compared in pairs, and removing nothing is one
-    retraining for all methods. What is removed at random is drawn afresh for each repeat; a larger removal contains the
-    smaller one, as it does for scores.
+    A repeat has one seed for all methods and sizes, so that removing nothing is one retraining for all methods. What is
+    removed at random is drawn afresh for each repeat; a larger removal contains the smaller one, as it does for scores.
     """
     retrainings = {}
     for repeat in range(num_repeats):
@@ -86,6 +91,13 @@ def plan_retrainings(
     return retrainings
 
 
+def summarize(values: list[list[float]]) -> dict[str, list]:
+    """Means and standard errors over the repeats, of [sizes, repeats]; the error of a single repeat is unknown."""
+    means, num_repeats = np.mean(values, axis=1), len(values[0])
+    errors = np.std(values, axis=1, ddof=1) / num_repeats**0.5 if num_repeats > 1 else [None] * len(values)
+    return {"mean": list(means), "standard_error": list(errors), "values": values}
+
+
 def table(result: dict) -> str:
     """Mean and standard error of each metric."""
     lines = []
@@ -94,7 +106,8 @@ def table(result: dict) -> str:
         width = max(map(len, methods))
         cells = {
             name: [
-                f"{mean:.4g}" + (f" ± {error:.2g}" if error is not None else "") for mean, error in map(summary, row)
+                f"{mean:.4g}" + (f" ± {error:.2g}" if error is not None else "")
+                for mean, error in zip(row["mean"], row["standard_error"])
             ]
             for name, row in methods.items()
         }
@@ -103,9 +116,3 @@ def table(result: dict) -> str:
         for name, row in cells.items():
             lines.append(f"{name:<{width}}" + "".join(f"  {cell:>{columns}}" for cell in row))
     return "\n".join(lines)
-
-
-def summary(values: list[float]) -> tuple[float, float | None]:
-    """Mean and standard error; None with a single value."""
-    error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
-    return float(np.mean(values)), error

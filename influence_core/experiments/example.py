@@ -19,7 +19,7 @@ MEASUREMENT = "measurement"
 
 
 class ExampleTask(InfluenceTask):
-    """A task that the four scripts can run. Its constructor takes the flags that `add_arguments` adds, by name."""
+    """A task that the examples' scripts can run. Its constructor takes the flags that `add_arguments` adds, by name."""
 
     name: ClassVar[str]  # folder of the example
     presets: ClassVar[dict[str, dict[str, Any]]]  # {"full": {flag: default}, "demo": …}; flags of any script

@@ -34,12 +34,12 @@ def draw_lds(result_path: Path, figure_path: Path) -> Path:
             )
             axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
         axes.axhline(0, color="black", linewidth=0.8)
-        labels = [f"{name}\n{row['lds']:.3f}" for name, row in methods]
+        labels = [f"{name if len(name) < 20 else '…' + name[-18:]}\n{row['lds']:.3f}" for name, row in methods]
         axes.set_xticks(range(len(methods)), labels)
         axes.set_ylabel("linear datamodeling score\n(Spearman, mean over queries)")
         axes.set_xlabel(
             f"{result['num_queries']} queries (dots), {result['num_subsets']} subsets x {result['num_repeats']} "
-            "retrainings; bars: 95 % interval",
+            "retrainings; error bars: 95 % interval",
             fontsize=9,
         )
         return _save(figure, figure_path)
@@ -53,16 +53,14 @@ def draw_counterfactual(result_path: Path, figure_path: Path) -> Path:
         figure = Figure(figsize=(6, 4.2), layout="constrained")
         axes = figure.add_subplot()
         for number, (name, rows) in enumerate(methods.items()):
-            means = [np.mean(values) for values in rows]
-            errors = [np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0 for values in rows]
+            errors = [error or 0 for error in rows["standard_error"]]
             look = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
             style = "--" if name == "random" else "-"
-            axes.errorbar(result["removal_sizes"], means, errors, capsize=4, linestyle=style, label=name, **look)
+            axes.errorbar(result["removal_sizes"], rows["mean"], errors, capsize=4, linestyle=style, label=name, **look)
         axes.set_xlabel(f"number of training sequences removed (of {result['num_train']})")
         axes.set_ylabel(f"{metric} ({result['num_queries']} queries)")
         axes.set_xticks(result["removal_sizes"])
-        repeats = len(next(iter(methods.values()))[0])
-        axes.legend(title=f"removed by (bars: standard error of {repeats})", title_fontsize=9)
+        axes.legend(title=f"removed by (error bars: standard error of {result['num_repeats']})", title_fontsize=9)
         return _save(figure, figure_path)
 
 
@@ -77,12 +75,13 @@ def draw_half_precision(result_path: Path, figure_path: Path) -> Path:
         axes.plot(ends, ends, color="black", linewidth=0.8, linestyle="--", label="equal")
         label = f"query {result['shown_query']}: {len(full)} training sequences"
         axes.scatter(full, half, 12, color=COLOURS[0], alpha=0.6, linewidths=0, label=label)
+        axes.locator_params(nbins=6)
+        axes.ticklabel_format(scilimits=(-3, 3))
         axes.set_xlabel(f"{result['strategy']} score, float32")
         axes.set_ylabel(f"{result['strategy']} score, bfloat16")
-        axes.set_title(
-            f"average Spearman correlation {result['mean_spearman']:.4f} ({len(result['per_query'])} queries)",
-            fontsize=11,
-        )
+        num_queries = len(result["per_query"])
+        title = f"average Spearman correlation {result['mean_spearman']:.4f} ({num_queries} queries)"
+        axes.set_title(title, fontsize=11, pad=16)
         axes.legend(loc="upper left")
         return _save(figure, figure_path)
 

@@ -11,9 +11,10 @@ from influence_core.experiments.arguments import check_size, parse, run_script
 from influence_core.experiments.example import ExampleTask
 from influence_core.experiments.retraining import Experiment
 from influence_core.experiments.score_sources import load_all_scores
-from influence_core.storage import require_writable, write_json
+from influence_core.storage import differences, require_writable, write_json
 
 RESULT = "half_precision.json"
+OF_PRECISION = {"dtype", "factors"}  # settings in which the two may differ
 
 
 def main(task_class: type[ExampleTask], description: str, argv: list[str] | None = None) -> None:
@@ -23,20 +24,27 @@ def main(task_class: type[ExampleTask], description: str, argv: list[str] | None
 
 def _compare(task_class: type[ExampleTask], arguments) -> None:
     experiment = Experiment(task_class, arguments)
-    for directory in (experiment.output_dir, Path(arguments.figure_dir)):
-        require_writable(directory)
     (strategy,) = arguments.factor_strategy[:1]
     shown = check_size(arguments, "show_query", len(experiment.query_dataset) - 1, "last query's number")
-    pair = [strategy, f"{strategy}_half"]
-    for name in pair:
+    suffix = f"_{arguments.scores_suffix}" if arguments.scores_suffix else ""
+    pair = [f"{strategy}{suffix}", f"{strategy}_half{suffix}"]
+    for name, flag in zip(pair, ("", " --use_half_precision")):
         if not (experiment.output_dir / f"scores_{name}").exists():
-            flag = " --use_half_precision" if name.endswith("_half") else ""
+            flag += f" --scores_suffix {arguments.scores_suffix}" * bool(suffix)
             raise UserError(
                 f"no scores {name!r} in {experiment.output_dir}: make them with "
                 f"`python {experiment.task.name}/analyze.py --factor_strategy {strategy}{flag}`"
             )
-    result = compare(*load_all_scores(pair, experiment).values(), shown)
-    write_json(experiment.output_dir / RESULT, {"strategy": strategy, **result})
+    full, half = load_all_scores(pair, experiment).values()
+    made_by = [{key: each.settings[key] for key in each.settings.keys() - OF_PRECISION} for each in (full, half)]
+    differing = differences(*made_by)
+    if differing:
+        raise UserError(f"{pair[0]} and {pair[1]} differ by more than their precision: {differing}; analyze one again")
+    for directory in (experiment.output_dir, Path(arguments.figure_dir)):
+        require_writable(directory)
+    result = compare(full.matrix, half.matrix, shown)
+    result |= {"strategy": strategy, "settings": {pair[0]: full.settings, pair[1]: half.settings}}
+    write_json(experiment.output_dir / RESULT, result)
     print(
         f"{strategy}: mean Spearman over {len(result['per_query'])} queries of float32 and bfloat16 scores "
         f"{result['mean_spearman']:.4f} (min {min(result['per_query']):.4f})"

@@ -30,25 +30,25 @@ def linear_datamodeling_scores(masks: np.ndarray, scores: np.ndarray, measuremen
         measurements: [retrainings, queries], after each retraining (averaged over repeats).
     Returns:
         [queries], Spearman's correlation of -(masks @ scores^T) and the measurements, in [-1, 1].
+        Scores that say the same of every subset predict nothing: 0.
     Raises:
-        ValueError: shapes do not fit, or outcomes or predictions of a query are constant (no rank to correlate).
+        ValueError: shapes do not fit, or the outcomes of a query are constant (no rank to correlate).
     """
-    return _correlations(predicted_measurements(masks, scores, measurements), np.asarray(measurements, np.float64))
-
-
-def predicted_measurements(masks: np.ndarray, scores: np.ndarray, measurements: np.ndarray) -> np.ndarray:
-    """[retrainings, queries]: -(masks @ scores^T), up to an affine map; raises as linear_datamodeling_scores does."""
     masks, scores, measurements = (np.asarray(x, dtype=np.float64) for x in (masks, scores, measurements))
     if masks.shape[1] != scores.shape[1] or measurements.shape != (len(masks), len(scores)):
         raise ValueError(
             f"shapes do not fit: masks {masks.shape}, scores {scores.shape}, outcomes {measurements.shape}"
         )
-    predictions = -masks @ scores.T
-    for name, values in (("outcomes", measurements), ("predictions", predictions)):
-        constant = np.flatnonzero(np.ptp(values, axis=0) == 0)
-        if len(constant):
-            raise ValueError(f"the {name} of query {constant[0]} are the same for every retraining")
-    return predictions
+    constant = np.flatnonzero(np.ptp(measurements, axis=0) == 0)
+    if len(constant):
+        raise ValueError(f"the outcomes of query {constant[0]} are the same for every retraining")
+    return _correlations(predicted_measurements(masks, scores), measurements)
+
+
+def predicted_measurements(masks: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """[retrainings, queries]: -(masks @ scores^T), up to an affine map; zero where only rounding varies."""
+    predictions = -masks.astype(np.float64) @ scores.T.astype(np.float64)
+    return predictions * (np.ptp(predictions, axis=0) > 1e-12 * np.abs(predictions).max(axis=0))
 
 
 def p_values(predictions: np.ndarray, measurements: np.ndarray) -> np.ndarray:

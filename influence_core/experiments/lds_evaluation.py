@@ -5,15 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
 
 from influence_core.errors import UserError
 from influence_core.experiments import figures
 from influence_core.experiments.analysis import describe_query
 from influence_core.experiments.arguments import check_size, parse, run_script
 from influence_core.experiments.bank import Retraining
-from influence_core.experiments.example import MEASUREMENT, ExampleTask
+from influence_core.experiments.example import MEASUREMENT, ExampleTask, first_line
 from influence_core.experiments.lds import (
     bootstrap,
     linear_datamodeling_scores,
@@ -36,16 +35,21 @@ def main(task_class: type[ExampleTask], description: str, argv: list[str] | None
 
 def _evaluate(task_class: type[ExampleTask], arguments) -> None:
     experiment = Experiment(task_class, arguments)
+    stored = load_all_scores(arguments.scores, experiment)
+    scores = {name: each.matrix for name, each in stored.items()}
+    shown = check_size(arguments, "show_query", len(experiment.query_dataset) - 1, "last query's number")
     for directory in (experiment.output_dir, Path(arguments.figure_dir)):
         require_writable(directory)
-    scores = load_all_scores(arguments.scores, experiment)
-    shown = check_size(arguments, "show_query", len(experiment.query_dataset) - 1, "last query's number")
     masks, measurements = ground_truth(experiment)
     if not experiment.is_main:
         return
-    result = evaluate(scores, masks, measurements)
-    if arguments.choose:
-        result["chosen"] = choose(scores, masks, measurements)
+    try:
+        result = evaluate(scores, masks, measurements)
+        if arguments.choose:
+            result["chosen"] = choose(scores, masks, measurements)
+    except ValueError as error:
+        raise UserError(f"there is no rank correlation: {error}") from None
+    result["settings"] = experiment.settings | {"scores": {name: each.settings for name, each in stored.items()}}
     write_json(experiment.output_dir / RESULT, result)
     first = next(iter(scores))
     described = describe_query(
@@ -69,6 +73,9 @@ def ground_truth(experiment: Experiment) -> tuple[np.ndarray, np.ndarray]:
     if arguments.masks:
         return read_ground_truth(arguments, *map(len, experiment.datasets))
     masks = subset_masks(len(experiment.train_dataset), arguments.num_masks, arguments.subset_fraction, arguments.seed)
+    least = 4 if arguments.choose else 2
+    if len(masks) < least:
+        raise UserError(f"a rank correlation takes more subsets: --num_masks {least} at least, not {len(masks)}")
     if not 0 < masks[0].sum() < masks.shape[1]:
         raise UserError(f"--subset_fraction {arguments.subset_fraction} of {masks.shape[1]} keeps all or none")
     retrainings = [
@@ -94,25 +101,30 @@ def read_ground_truth(arguments, num_queries: int, num_train: int) -> tuple[np.n
             f"{arguments.measurements} must be [{len(masks)}, {num_queries}] or [{len(masks)}, repeats, {num_queries}]"
             f", not {measurements.shape}"
         )
+    if not np.isfinite(measurements).all():
+        raise UserError(f"{arguments.measurements} holds numbers that are not finite")
     return masks.astype(bool), measurements.astype(np.float64)
 
 
 def read_array(path: Path, allow_pickle: bool) -> np.ndarray:
     """The one array in a .npy, .pt or .safetensors file."""
+    if path.suffix not in (".npy", ".pt", ".pth", ".safetensors"):
+        raise UserError(f"{path} is no .npy, .pt or .safetensors file")
     try:
         if path.suffix == ".npy":
             value = np.load(path, allow_pickle=allow_pickle)
         elif path.suffix == ".safetensors":
             (value,) = load_file(path).values()
-        elif path.suffix in (".pt", ".pth"):
-            value = torch.load(path, map_location="cpu", weights_only=not allow_pickle)
         else:
-            raise UserError(f"{path} is no .npy, .pt or .safetensors file")
-        return np.asarray(value, dtype=np.float64)
-    except (pickle.UnpicklingError, ValueError, TypeError, SafetensorError, OSError, RuntimeError, EOFError) as error:
-        reason = " ".join(str(error).split())[:120]
-        advice = "" if allow_pickle else "; if it is a pickle of your own, --allow_pickle reads it"
-        raise UserError(f"{path} does not hold one array of numbers ({reason}){advice}") from None
+            value = torch.load(path, map_location="cpu", weights_only=not allow_pickle)
+        return torch.as_tensor(value).double().numpy()
+    except Exception as error:  # unpickling may raise anything
+        is_pickle = isinstance(error, pickle.UnpicklingError) or "allow_pickle" in str(error)
+        if is_pickle and not allow_pickle:
+            raise UserError(
+                f"{path} is a pickle, which may run any code; --allow_pickle reads one of your own"
+            ) from None
+        raise UserError(f"{path} can't be read as one array of numbers: {first_line(error)}") from None
 
 
 def evaluate(scores: dict[str, np.ndarray], masks: np.ndarray, measurements: np.ndarray) -> dict:
@@ -121,13 +133,12 @@ def evaluate(scores: dict[str, np.ndarray], masks: np.ndarray, measurements: np.
     Args:
         scores: {name: [queries, training examples]}; masks: [subsets, training examples];
         measurements: [subsets, repeats, queries].
+    Raises:
+        ValueError: as linear_datamodeling_scores.
     """
     outcomes = measurements.mean(1)
-    try:
-        lds = {name: linear_datamodeling_scores(masks, matrix, outcomes) for name, matrix in scores.items()}
-    except ValueError as error:
-        raise UserError(f"there is no rank correlation: {error}") from None
-    predictions = {name: predicted_measurements(masks, matrix, outcomes) for name, matrix in scores.items()}
+    lds = {name: linear_datamodeling_scores(masks, matrix, outcomes) for name, matrix in scores.items()}
+    predictions = {name: predicted_measurements(masks, matrix) for name, matrix in scores.items()}
     samples = bootstrap(predictions, outcomes)
     ceiling = noise_ceiling(measurements)
     return {

@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ from torch import Tensor
 
 from influence_core.errors import UserError
 from influence_core.experiments.analysis import load_datasets, require_checkpoint
-from influence_core.experiments.arguments import check_size, read_training_record
+from influence_core.experiments.arguments import RECIPE_FLAGS, check_size, read_training_record
 from influence_core.experiments.bank import Retraining, RetrainingBank
 from influence_core.experiments.example import ExampleTask
 from influence_core.experiments.fitting import OneDevice, Recipe, evaluate, fit
-from influence_core.storage import dataset_fingerprint, model_fingerprint
+from influence_core.storage import dataset_fingerprint, differences, model_fingerprint
 
 
 class Experiment:
@@ -33,6 +34,28 @@ class Experiment:
         self.task.checkpoint_dir = arguments.checkpoint_dir
         self.train_dataset, self.query_dataset = load_datasets(self.task, arguments)
         self.output_dir = Path(arguments.output_dir)
+
+        self._note_differences()
+
+    def _note_differences(self) -> None:
+        """Retraining otherwise than the checkpoint was trained is allowed, but the scores are the checkpoint's."""
+        record = {"num_train": len(self.task.load_dataset("train"))}
+        stored = read_training_record(self.arguments.checkpoint_dir)
+        record |= {flag: stored[flag] for flag in ("num_train", *RECIPE_FLAGS) if stored.get(flag) is not None}
+        now = {flag: value for flag, value in vars(self.arguments).items() if flag in record}
+        differing = differences(record, now | {"num_train": len(self.train_dataset)})
+        if stored and differing and self.is_main:
+            print(f"Note: retraining is not as the checkpoint was trained: {differing}", flush=True)
+
+    @cached_property
+    def checkpoint_fingerprint(self) -> str:
+        """Of the trained model, as scores name it."""
+        return model_fingerprint(self.task.load_model(self.arguments.checkpoint_dir))
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The flags, for a stored result."""
+        return {key: value for key, value in vars(self.arguments).items() if key not in ("given", "task")}
 
     @property
     def is_main(self) -> bool:
@@ -62,13 +85,17 @@ class Retrainer:
 
     def __init__(self, task: ExampleTask, arguments, train_dataset: Sequence[Any], query_dataset: Sequence[Any]):
         self.task, self.train_dataset, self.query_dataset = task, train_dataset, query_dataset
+        record = read_training_record(arguments.checkpoint_dir)
         self.recipe = Recipe.from_arguments(arguments)
+        if "train_batch_size" not in arguments.given:  # as large a step as that of all of train.py's processes
+            num_processes = record.get("num_processes", 1)
+            self.recipe = replace(self.recipe, train_batch_size=self.recipe.train_batch_size * num_processes)
         self.eval_batch_size = check_size(arguments, "eval_batch_size", len(query_dataset), "queries")
         check_size(arguments, "train_batch_size", len(train_dataset), "training set")
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
         self.one_device = OneDevice(device, self.recipe.use_half_precision)
-        set_seed(read_training_record(arguments.checkpoint_dir).get("seed", arguments.seed))
+        set_seed(record.get("seed", arguments.seed))
         self.model = task.load_model(None).to(device)
         self.initial = {name: value.clone() for name, value in self.model.state_dict().items()}
 

@@ -3,30 +3,41 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sparse
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
 
 from influence_core.errors import UserError
 from influence_core.scores.pairwise import SCORES
-from influence_core.storage import StageStore, dataset_fingerprint
+from influence_core.storage import StageStore, dataset_fingerprint, differences
 
 TFIDF = "tfidf"
 FILE = "pairwise_scores.safetensors"
 
 
-def load_all_scores(names: Sequence[str] | None, experiment, baseline: bool = True) -> dict[str, np.ndarray]:
-    """{name: [queries, training examples]} of the names given, or of all that --output_dir holds and the baseline.
+@dataclass(frozen=True)
+class Scores:
+    """Pairwise scores, and what made them (empty where that is not known)."""
+
+    matrix: np.ndarray  # [queries, training examples]
+    settings: dict[str, Any]
+
+
+def load_all_scores(names: Sequence[str] | None, experiment, baseline: bool = True) -> dict[str, Scores]:
+    """{name: scores} of the names given, or of all that --output_dir holds and the baseline.
 
     Raises:
-        UserError: there are none, or they are of other data than the experiment's.
+        UserError: there are none, or they are of another model or other data than the experiment's.
     """
     if names is None:
         found = sorted(experiment.output_dir.glob(f"scores_*/{FILE}"))
         names = [path.parent.name.removeprefix("scores_") for path in found]
+        names.sort(key=lambda name: (not name.startswith("ekfac"), name))  # the first one's top sequence is shown
         if not names:
             raise UserError(
                 f"no scores in {experiment.output_dir}: make them with `python {experiment.task.name}/analyze.py "
@@ -36,34 +47,58 @@ def load_all_scores(names: Sequence[str] | None, experiment, baseline: bool = Tr
         names += [TFIDF] * baseline
     if len(set(names)) < len(names):
         raise UserError(f"--scores names one twice: {' '.join(names)}")
-    return {Path(name).name: _load(name, experiment) for name in names}
+    labels = [Path(name).name.removeprefix("scores_") for name in names]
+    if len(set(labels)) < len(labels):
+        labels = names
+    return {label: _load(name, experiment) for label, name in zip(labels, names)}
 
 
-def _load(name: str, experiment) -> np.ndarray:
+def _load(name: str, experiment) -> Scores:
     if name == TFIDF:
         texts = ([experiment.task.describe(x) for x in part] for part in experiment.datasets)
-        return tfidf_scores(*texts)
+        return Scores(tfidf_scores(*texts), {})
     path = next((path for path in (experiment.output_dir / f"scores_{name}", Path(name)) if path.exists()), None)
     if path is None:
         stored = [path.name.removeprefix("scores_") for path in sorted(experiment.output_dir.glob("scores_*"))]
         there = f"there are {', '.join(stored)}" if stored else "there are none"
         raise UserError(f"no scores {name!r} in {experiment.output_dir} ({there}), and no such path")
     if (path / "pairwise_scores.json").exists():
-        queries, train = map(dataset_fingerprint, experiment.datasets)
-        store = StageStore(path, "pairwise_scores", {"train_dataset": train, "query_dataset": queries})
-        scores = store.load()["pairwise_scores"][SCORES].numpy()
+        matrix, settings = _load_own(name, path, experiment)
     else:  # made elsewhere
-        file = path / FILE if path.is_dir() else path
+        file, settings = path / FILE if path.is_dir() else path, {}
         try:
-            scores = load_file(file)[SCORES]
+            matrix = load_file(file)[SCORES].float().numpy()
         except (OSError, SafetensorError, KeyError) as error:
             raise UserError(f"{file} can't be read as scores, a safetensors file with {SCORES!r} ({error})") from None
-    expected = tuple(map(len, experiment.datasets))
-    if scores.shape != expected:
-        raise UserError(f"scores {name!r} are {scores.shape}, but there are {expected} queries and training examples")
-    if not np.isfinite(scores).all():
+    _check_shape(name, matrix.shape, experiment)
+    if not np.isfinite(matrix).all():
         raise UserError(f"scores {name!r} hold numbers that are not finite")
-    return scores
+    return Scores(matrix, settings)
+
+
+def _load_own(name: str, path: Path, experiment) -> tuple[np.ndarray, dict[str, Any]]:
+    """What analyze.py stored, of this checkpoint and these data."""
+    store = StageStore(path, "pairwise_scores", {})
+    settings = store.manifest()["settings"]
+    _check_shape(name, (settings["num_queries"], settings["num_train"]), experiment)
+    queries, train = map(dataset_fingerprint, experiment.datasets)
+    expected = {"model": experiment.checkpoint_fingerprint, "train_dataset": train, "query_dataset": queries}
+    differing = differences(settings, expected)
+    if differing:
+        raise UserError(
+            f"scores {name!r} in {path} are not of the checkpoint {experiment.arguments.checkpoint_dir} and its data: "
+            f"{differing}; run analyze.py on it again, or name another --checkpoint_dir or --output_dir"
+        )
+    return store.load()["pairwise_scores"][SCORES].numpy(), settings
+
+
+def _check_shape(name: str, shape: Sequence[int], experiment) -> None:
+    expected = tuple(map(len, experiment.datasets))
+    if tuple(shape) != expected:
+        raise UserError(
+            f"scores {name!r} are of {shape[0]} queries and {shape[1]} training examples, and here are {expected[0]} "
+            f"and {expected[1]}: give --num_queries and --num_train as analyze.py had them"
+        )
 
 
 def tfidf_scores(queries: Sequence[str], train: Sequence[str]) -> np.ndarray:

@@ -34,6 +34,7 @@ def main(task_class: type[ExampleTask], description: str, argv: list[str] | None
 def _train(task_class: type[ExampleTask], arguments) -> None:
     checkpoint_dir = Path(arguments.checkpoint_dir)
     record = arguments.task | {flag: getattr(arguments, flag) for flag in ("seed", "num_train", *RECIPE_FLAGS)}
+    record["num_processes"] = int(os.environ.get("WORLD_SIZE", 1))
     _refuse_foreign_directory(checkpoint_dir)
     if not arguments.overwrite and _is_finished(checkpoint_dir, record):
         print(f"Found finished {checkpoint_dir}, trained with the same flags; --overwrite trains again")

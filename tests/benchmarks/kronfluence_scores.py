@@ -9,7 +9,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from influence_core.experiments.arguments import COMMON_DEFAULTS, damping, read_training_record
+from influence_core.experiments.arguments import COMMON_DEFAULTS, read_training_record
 from influence_core.factors.strategies import HEURISTIC
 from influence_core.storage import write_tensors
 from tests.benchmarks.compare_with_kronfluence import TASK_FLAGS, FixedLabelsTask, sample_all_labels
@@ -21,15 +21,16 @@ def main():
     parser.add_argument("--checkpoint_dir", required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--num_queries", type=int, required=True)
-    parser.add_argument("--damping", type=damping, default=HEURISTIC)
+    parser.add_argument("--damping", default=HEURISTIC)
     parser.add_argument("--seed", type=int, default=COMMON_DEFAULTS["seed"])
     arguments = parser.parse_args()
     record = read_training_record(arguments.checkpoint_dir)
-    task = FixedLabelsTask(**{flag: record[flag] for flag in TASK_FLAGS})
+    task = FixedLabelsTask(**{flag: record.get(flag) for flag in TASK_FLAGS})
     model = task.load_model(arguments.checkpoint_dir).eval()
-    train = sample_all_labels(model, task.load_dataset("train", range(record["num_train"])), arguments.seed)
+    train = task.load_dataset("train")[: record["num_train"]]
+    train = sample_all_labels(model, train, arguments.seed)
     queries = task.load_dataset("validation", range(arguments.num_queries))
-    peer_damping = None if arguments.damping == HEURISTIC else arguments.damping  # None is its word for it
+    peer_damping = None if arguments.damping == HEURISTIC else float(arguments.damping)  # None is its word for it
     with tempfile.TemporaryDirectory() as directory:
         peer = Peer(model, task.tracked_layer_names(model), Path(directory), "ekfac", peer_damping, False, False)
         peer.task.online = False
