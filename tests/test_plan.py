@@ -99,7 +99,8 @@ def test_flops_of_two_groups_are_fewer_than_of_two_tiles():
     """9 PT against 12 PT: a group's pass does not go below the group, and makes the group's gradients alone."""
     dots = 2 * NUM_TRAIN * NUM_QUERIES * PARAMETERS
     gradients = 2 * POSITIONS * PARAMETERS
-    rotations = NUM_QUERIES * 4 * PARAMETERS * 2 * WIDTH  # the query side: Q_G Q_G^T g Q_A Q_A^T
+    positions = 2 * POSITIONS * 2 * WIDTH**2 * NUM_LAYERS  # the query side: Q_G^T g Q_A, its positions rotated
+    rotations = NUM_QUERIES * (positions + 2 * PARAMETERS * 2 * WIDTH)  # and Q_G … Q_A^T
     groups = (NUM_TRAIN + NUM_QUERIES) * (2 * FORWARD + 1.5 * BACKWARD + gradients) + dots + rotations
     tiles = NUM_TRAIN * (2 * FORWARD + 2 * BACKWARD + 2 * gradients) + dots + rotations
     tiles += NUM_QUERIES * (FORWARD + BACKWARD + gradients)

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from influence_core.factors import lambdas
+from influence_core.factors import eigenbasis, lambdas
+from influence_core.factors.strategies import STRATEGIES as STRATEGY_OF
+from influence_core.factors.strategies import Preconditioner
 from influence_core.layers import TrackedLayer
 from influence_core.passes import Captured
 from influence_core.precision import Precision
@@ -109,22 +111,45 @@ def test_heuristic_damping_is_a_tenth_of_each_layers_mean_eigenvalue(tmp_path, f
     assert relative_error(heuristic, score_tiny(tmp_path / "none", None, [strategy], damping=0.0)[strategy]) > 0.1
 
 
-def test_rotating_positions_and_rotating_the_gradient_give_the_same_lambda(tmp_path, monkeypatch):
-    """The two ways to Q_G^T g Q_A, each forced for every layer; with the eigenvectors of the same covariances."""
-    stored, called = [], {True: 0, False: 0}
+def test_rotating_positions_and_rotating_the_gradient_give_the_same(tmp_path, monkeypatch):
+    """The two ways to Q_G^T g Q_A, each forced for every layer, for Lambda and for the queries' preconditioning."""
+    stored, scores, called = [], [], {True: 0, False: 0}
     for on_positions in (True, False):
 
         def choose(*sizes, on_positions=on_positions):
             called[on_positions] += 1
             return on_positions
 
-        monkeypatch.setattr(lambdas, "rotation_is_cheaper_on_positions", choose)
+        monkeypatch.setattr(eigenbasis, "rotation_is_cheaper_on_positions", choose)
         directory = tmp_path / str(on_positions)
-        score_tiny(directory, None, ["ekfac"])
+        scores.append(score_tiny(directory, None, ["ekfac"])["ekfac"])
         stored.append(load(directory / "factors_ekfac", "lambda_matrix"))
     assert all(called.values()), "the choice is not asked for"
     for name in LAYERS:
         assert relative_error(stored[0][name], stored[1][name]) < 1e-12
+    assert relative_error(*scores) < 1e-10
+
+
+def test_strategies_with_the_same_eigenvectors_share_the_rotation():
+    """KFAC and EKFAC together: one rotation, two ways back, by torch's count; and each as if it were alone."""
+    layer = TrackedLayer("layer", torch.nn.Identity(), 16, 8, has_bias=False)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*sizes):
+        return torch.rand(sizes, generator=generator)
+
+    factors = {"activation_eigenvectors": random(16, 16), "gradient_eigenvectors": random(8, 8)}
+    factors |= {"activation_eigenvalues": random(16), "gradient_eigenvalues": random(8), "lambda_matrix": random(8, 16)}
+    pair = [(STRATEGY_OF[name], factors) for name in ("kfac", "ekfac")]
+    positions = random(3, 50, 16), random(3, 50, 8)
+    both = Preconditioner(layer, pair, 0.1, torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        together = list(both.of_positions(*positions))
+    rotation = 2 * 8 * 16 * (8 + 16)
+    assert counter.get_total_flops() == 3 * (2 * 50 * 8 * 16 + 3 * rotation)
+    for (strategy, _), result in zip(pair, together):
+        (alone,) = Preconditioner(layer, [(strategy, factors)], 0.1, torch.float32).of_positions(*positions)
+        assert torch.equal(alone, result)
 
 
 @pytest.mark.parametrize("num_positions, out, inputs", [(1, 16, 16), (6, 16, 32), (24, 16, 64), (40, 16, 32)])
@@ -134,10 +159,10 @@ def test_the_cheaper_rotation_is_chosen(monkeypatch, num_positions, out, inputs)
     generator = torch.Generator().manual_seed(0)
     eigenvectors = [{"layer": torch.randn(size, size, generator=generator)} for size in (inputs, out)]
     activations, gradients = (torch.randn(3, num_positions, size, generator=generator) for size in (inputs, out))
-    choice = lambdas.rotation_is_cheaper_on_positions(num_positions, out, inputs)
+    choice = eigenbasis.rotation_is_cheaper_on_positions(num_positions, out, inputs)
     flops = {}
     for on_positions in (True, False):
-        monkeypatch.setattr(lambdas, "rotation_is_cheaper_on_positions", lambda *_, answer=on_positions: answer)
+        monkeypatch.setattr(eigenbasis, "rotation_is_cheaper_on_positions", lambda *_, answer=on_positions: answer)
         sums = lambdas.LambdaSums([layer], Precision(), torch.device("cpu"), *eigenvectors)
         with FlopCounterMode(display=False) as counter:
             sums.update(layer, Captured(activations, gradients, None))

@@ -2,9 +2,6 @@
 
     Lambda = E_z[(Q_G^T g(z) Q_A)^2]   elementwise, over examples   [out, in(+1)]
 
-Rotating the gradient costs 2 o i (o + i) FLOPs an example, rotating its positions before the contraction
-2 t (o^2 + i^2); each layer takes the cheaper.
-
 Source: George et al. 2018, arXiv:1806.03884, eq. 13.
 """
 
@@ -13,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from influence_core.factors.eigenbasis import Eigenbasis
 from influence_core.layers import TrackedLayer
 from influence_core.passes import Captured
 from influence_core.precision import Precision
@@ -23,11 +21,6 @@ from influence_core.storage import Tensors
 BUFFER_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}
 
 PostProcess = Callable[[str, Tensor], Tensor]
-
-
-def rotation_is_cheaper_on_positions(num_positions: int, out: int, inputs: int) -> bool:
-    """Whether rotating the positions takes fewer products than rotating the gradient."""
-    return num_positions * (out**2 + inputs**2) < out * inputs * (out + inputs)
 
 
 def lambda_chunk(layer: TrackedLayer, itemsize: int, device_type: str) -> int:
@@ -59,56 +52,36 @@ class LambdaSums:
             f"lambda.{layer.name}": torch.zeros(layer.shape, dtype=precision.sum_dtype, device=device)
             for layer in layers
         }
-        self.eigenvectors = None
+        self.bases: dict[str, Eigenbasis] | None = None
         if activation_eigenvectors is not None:
-            self.eigenvectors = {
-                layer.name: (
-                    _pad_columns(precision.operand(activation_eigenvectors[layer.name].to(device))),
-                    precision.operand(gradient_eigenvectors[layer.name].to(device)),
+            self.bases = {
+                layer.name: Eigenbasis(
+                    layer,
+                    activation_eigenvectors[layer.name].to(device),
+                    gradient_eigenvectors[layer.name].to(device),
+                    precision,
                 )
                 for layer in layers
             }
 
     def update(self, layer: TrackedLayer, captured: Captured) -> None:
         """Add one batch of one layer. All positions enter: a per-sample gradient is a sum over every one."""
-        rows, positions = captured.activations.shape[:2]
         total = self.tensors[f"lambda.{layer.name}"]
+        basis = None if self.bases is None else self.bases[layer.name]
         if self.post_process is not None:
             # The task may combine rows as it likes, so it gets them all, and whole gradients.
             gradients = layer.to_matrix(layer.flat_gradients(captured.activations, captured.output_gradients))
-            self._add_squares(total, self._rotated_gradients(layer, self.post_process(layer.name, gradients)))
+            gradients = self.post_process(layer.name, gradients)
+            self._add_squares(total, gradients.to(total.dtype) if basis is None else basis.rotate(gradients))
             return
         chunk = lambda_chunk(layer, self.precision.sum_dtype.itemsize, total.device.type)
-        for start in range(0, rows, chunk):
-            activations = captured.activations[start : start + chunk]
-            output_gradients = captured.output_gradients[start : start + chunk]
-            if self.eigenvectors is not None and rotation_is_cheaper_on_positions(positions, *layer.shape):
-                gradients = self._gradients_of_rotated_positions(layer, activations, output_gradients)
+        for start in range(0, len(captured.activations), chunk):
+            positions = captured.activations[start : start + chunk], captured.output_gradients[start : start + chunk]
+            if basis is None:
+                gradients = layer.to_matrix(layer.flat_gradients(*positions)).to(total.dtype)
             else:
-                gradients = layer.to_matrix(layer.flat_gradients(activations, output_gradients))
-                gradients = self._rotated_gradients(layer, gradients)
+                gradients = basis.rotated_gradients(*positions)
             self._add_squares(total, gradients)
-
-    def _gradients_of_rotated_positions(
-        self, layer: TrackedLayer, activations: Tensor, output_gradients: Tensor
-    ) -> Tensor:
-        """[n, out, in(+1 and padding)], the positions rotated first."""
-        activation_eigenvectors, gradient_eigenvectors = self.eigenvectors[layer.name]
-        operand, i = self.precision.operand, layer.in_features
-        rotated_activations = activations @ activation_eigenvectors[:i]
-        if layer.has_bias:  # the bias's one meets the last row of the eigenvectors
-            rotated_activations += activation_eigenvectors[i]
-        rotated_gradients = output_gradients @ gradient_eigenvectors
-        return self.precision.matmul(operand(rotated_gradients).transpose(1, 2), operand(rotated_activations))
-
-    def _rotated_gradients(self, layer: TrackedLayer, gradients: Tensor) -> Tensor:
-        """Q_G^T g Q_A of [n, out, in(+1)]."""
-        if self.eigenvectors is None:
-            return gradients.to(self.precision.sum_dtype)
-        activation_eigenvectors, gradient_eigenvectors = self.eigenvectors[layer.name]
-        half_rotated = self.precision.operand(gradients) @ activation_eigenvectors
-        left = gradient_eigenvectors.t().expand(len(gradients), -1, -1)
-        return self.precision.matmul(left, self.precision.operand(half_rotated))
 
     @staticmethod
     def _add_squares(total: Tensor, gradients: Tensor) -> None:
@@ -117,10 +90,3 @@ class LambdaSums:
     def means(self, layers: list[TrackedLayer], num_examples: int) -> dict[str, Tensors]:
         """{"lambda_matrix": {layer: [out, in(+1)]}}"""
         return {"lambda_matrix": {layer.name: self.tensors[f"lambda.{layer.name}"] / num_examples for layer in layers}}
-
-
-def _pad_columns(matrix: Tensor, multiple: int = 8) -> Tensor:
-    """Zero columns up to a multiple that the matrix units of a GPU take at full speed (769 -> 776)."""
-    if matrix.device.type == "cpu":
-        return matrix
-    return torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % multiple))

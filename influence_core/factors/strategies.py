@@ -11,12 +11,16 @@ Sources: Martens and Grosse 2015, arXiv:1503.05671; George et al. 2018, arXiv:18
 arXiv:2308.03296, section 3.1.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from influence_core.errors import UserError
+from influence_core.factors.eigenbasis import Eigenbasis
+from influence_core.layers import TrackedLayer
+from influence_core.precision import Precision
 from influence_core.storage import Tensors
 
 HEURISTIC = "heuristic"
@@ -68,41 +72,66 @@ def find_strategy(name: str) -> Strategy:
 
 
 class Preconditioner:
-    """(F + damping)^-1 of one layer.
+    """(F + damping)^-1 of one layer, for several strategies at once: those with the same eigenvectors share rotations.
 
     Args:
-        factors: by kind, the layer's "lambda_matrix" [out, in(+1)], "activation_eigenvectors" [in(+1), in(+1)],
-            "gradient_eigenvectors" [out, out], "activation_eigenvalues" [in(+1)], "gradient_eigenvalues" [out];
-            those that the strategy needs.
+        strategies: (strategy, factors), the factors by kind: the layer's "lambda_matrix" [out, in(+1)],
+            "activation_eigenvectors" [in(+1), in(+1)], "gradient_eigenvectors" [out, out], "activation_eigenvalues"
+            [in(+1)], "gradient_eigenvalues" [out]; those that the strategy needs. Strategies share a rotation where
+            they are given the very same eigenvectors.
         damping: added to every eigenvalue, in its units (loss^2 per weight^2).
+        dtype: of the products.
     """
 
-    def __init__(self, strategy: Strategy, factors: Tensors, damping: Damping):
-        self.inverse = self.activation_eigenvectors = self.gradient_eigenvectors = None
-        eigenvalues = None
-        if strategy.in_eigenbasis:
-            self.activation_eigenvectors = factors["activation_eigenvectors"]
-            self.gradient_eigenvectors = factors["gradient_eigenvectors"]
-            if not strategy.needs_lambda:
-                eigenvalues = torch.outer(factors["gradient_eigenvalues"], factors["activation_eigenvalues"])
-        if strategy.needs_lambda:
-            eigenvalues = factors["lambda_matrix"]
-        if eigenvalues is not None:
-            scale = damping_scale(damping)
-            added = damping if scale is None else scale * eigenvalues.mean()
-            self.inverse = (eigenvalues + added).reciprocal()
+    def __init__(
+        self,
+        layer: TrackedLayer,
+        strategies: list[tuple[Strategy, Tensors]],
+        damping: Damping,
+        dtype: torch.dtype,
+    ):
+        self.layer, self.dtype = layer, dtype
+        self.inverses: list[Tensor | None] = []
+        self.bases: list[Eigenbasis | None] = []
+        made: dict[int, Eigenbasis] = {}
+        for strategy, factors in strategies:
+            basis, eigenvalues = None, factors.get("lambda_matrix")
+            if strategy.in_eigenbasis:
+                vectors = factors["activation_eigenvectors"], factors["gradient_eigenvectors"]
+                basis = made.setdefault(id(vectors[0]), Eigenbasis(layer, *vectors, Precision(dtype, dtype)))
+                if not strategy.needs_lambda:
+                    eigenvalues = torch.outer(factors["gradient_eigenvalues"], factors["activation_eigenvalues"])
+            if eigenvalues is not None:
+                scale = damping_scale(damping)
+                eigenvalues = (eigenvalues + (damping if scale is None else scale * eigenvalues.mean())).reciprocal()
+            self.bases.append(basis)
+            self.inverses.append(eigenvalues)
 
-    def __call__(self, gradients: Tensor) -> Tensor:
-        """(F + damping)^-1 g for each gradient; identity returns its argument.
+    def of_positions(self, activations: Tensor, output_gradients: Tensor) -> Iterator[Tensor]:
+        """(F + damping)^-1 g for each strategy in turn, of the per-sample gradients g.
 
         Args:
-            gradients: [n, out, in(+1)].
+            activations: [n, t, in]; output_gradients: [n, t, out].
         Returns:
-            [n, out, in(+1)]. Cost: 4 o i (o + i) FLOPs each in an eigenbasis.
+            [n, out, in(+1)] for each strategy; the caller may not change them in place.
         """
-        if self.inverse is None:
-            return gradients
-        if self.activation_eigenvectors is None:
-            return gradients * self.inverse
-        rotated = self.gradient_eigenvectors.t() @ (gradients @ self.activation_eigenvectors)
-        return self.gradient_eigenvectors @ (rotated.mul_(self.inverse) @ self.activation_eigenvectors.t())
+        activations, output_gradients = activations.to(self.dtype), output_gradients.to(self.dtype)
+        return self._apply(
+            lambda: self.layer.to_matrix(self.layer.flat_gradients(activations, output_gradients)),
+            lambda basis: basis.rotated_gradients(activations, output_gradients),
+        )
+
+    def of_gradients(self, gradients: Tensor) -> Iterator[Tensor]:
+        """As `of_positions`, of gradients [n, out, in(+1)] that are at hand."""
+        gradients = gradients.to(self.dtype)
+        return self._apply(lambda: gradients, lambda basis: basis.rotate(gradients))
+
+    def _apply(self, plain: Callable[[], Tensor], rotated: Callable[[Eigenbasis], Tensor]) -> Iterator[Tensor]:
+        """Both arguments make the gradients when they are first needed; the second, in an eigenbasis."""
+        made: dict[int, Tensor] = {}
+        for basis, inverse in zip(self.bases, self.inverses):
+            key = id(basis)
+            if key not in made:
+                made[key] = plain() if basis is None else rotated(basis)[..., : self.layer.shape[1]]
+            gradients = made[key] if inverse is None else made[key] * inverse
+            yield gradients if basis is None else basis.rotate_back(gradients)

@@ -20,7 +20,7 @@ from influence_core.factors.strategies import Damping, Preconditioner, find_stra
 from influence_core.layers import TrackedLayer
 from influence_core.passes import Captured
 from influence_core.scores.plan import Plan, gradient_chunk
-from influence_core.storage import StageStore, dataset_fingerprint
+from influence_core.storage import StageStore, Tensors, dataset_fingerprint
 from influence_core.study import Study
 from influence_core.task import EXAMPLE_INDEX
 
@@ -145,36 +145,47 @@ class _PairwiseJob:
         runtime.all_reduce([self.scores])
         return self.scores.cpu()
 
-    def _load_preconditioners(self, group: list[TrackedLayer]) -> list[dict[str, Preconditioner]]:
-        """For each strategy, by layer."""
+    def _load_preconditioners(self, group: list[TrackedLayer]) -> dict[str, Preconditioner]:
+        """By layer. A file that several strategies have in common (by its checksum) is read once."""
         names = {layer.name for layer in group}
-        preconditioners = []
+        read: dict[str, dict[str, Tensors]] = {}
+        kinds: list[dict[str, Tensors]] = []  # for each strategy: {kind: {layer: tensor}}
         for strategy_name in self.strategy_names:
-            kinds = {}
+            kinds.append({})
             for stage, action in (("eigendecomposition", "Load Eigendecomposition"), ("lambda", "Load Lambda")):
-                if stage in self.factor_stores[strategy_name]:
+                store = self.factor_stores[strategy_name].get(stage)
+                if store is None:
+                    continue
+                if store.checksum() not in read:
                     with self.study.profiler(action):
-                        kinds |= self.factor_stores[strategy_name][stage].load(names)
-            preconditioners.append(
-                {
-                    layer.name: Preconditioner(
-                        find_strategy(strategy_name),
-                        {kind: tensors[layer.name].to(self.runtime.device) for kind, tensors in kinds.items()},
-                        self.damping,
-                    )
-                    for layer in group
-                }
+                        tensors = store.load(names)
+                        read[store.checksum()] = {
+                            kind: {name: tensor.to(self.runtime.device) for name, tensor in by_layer.items()}
+                            for kind, by_layer in tensors.items()
+                        }
+                kinds[-1] |= read[store.checksum()]
+        strategies = [find_strategy(name) for name in self.strategy_names]
+        return {
+            layer.name: Preconditioner(
+                layer,
+                [
+                    (strategy, {kind: by_layer[layer.name] for kind, by_layer in factors.items()})
+                    for strategy, factors in zip(strategies, kinds)
+                ],
+                self.damping,
+                self.runtime.precision.sum_dtype,
             )
-        return preconditioners
+            for layer in group
+        }
 
     def _preconditioned_queries(
-        self, group: list[TrackedLayer], tile: range, preconditioners: list[dict[str, Preconditioner]], label: str
+        self, group: list[TrackedLayer], tile: range, preconditioners: dict[str, Preconditioner], label: str
     ) -> dict[str, Tensor]:
         """{layer: [strategies * queries of the tile, parameters of the layer]}, as operands of products."""
         study, runtime, precision = self.study, self.runtime, self.runtime.precision
         resident = {
             layer.name: torch.zeros(
-                len(preconditioners), len(tile), layer.num_parameters,
+                len(self.strategy_names), len(tile), layer.num_parameters,
                 dtype=precision.operand_dtype, device=runtime.device,
             )
             for layer in group
@@ -189,11 +200,11 @@ class _PairwiseJob:
             for batch, captured in captures:
                 first = int(batch[EXAMPLE_INDEX][0]) - tile.start
                 for layer in group:
-                    for rows, gradients in self._flat_gradients(layer, captured.pop(layer.name)):
-                        matrices = layer.to_matrix(gradients.to(precision.sum_dtype))
+                    preconditioner = preconditioners[layer.name]
+                    for rows, gradients in self._preconditioned(layer, preconditioner, captured.pop(layer.name)):
                         where = slice(first + rows.start, first + rows.stop)
-                        for block, preconditioner in zip(resident[layer.name], preconditioners):
-                            block[where] = layer.to_flat(preconditioner[layer.name](matrices))
+                        for block, matrices in zip(resident[layer.name], gradients):
+                            block[where] = layer.to_flat(matrices)
                 bar.update(len(batch[EXAMPLE_INDEX]))
         runtime.all_reduce(resident.values())  # each process filled the rows of its own queries
         return {name: block.flatten(0, 1) for name, block in resident.items()}
@@ -222,6 +233,21 @@ class _PairwiseJob:
                 bar.update(len(indices))
                 yield step + 1
 
+    def _preconditioned(self, layer: TrackedLayer, preconditioner: Preconditioner, captured: Captured):
+        """(rows, an iterator over strategies of [rows, out, in(+1)]), a few rows at a time."""
+        if self.study.task.post_processes:
+            for rows, gradients in self._flat_gradients(layer, captured):
+                yield rows, preconditioner.of_gradients(layer.to_matrix(gradients))
+            return
+        for rows in self._chunks(layer, captured):
+            yield rows, preconditioner.of_positions(captured.activations[rows], captured.output_gradients[rows])
+
+    def _chunks(self, layer: TrackedLayer, captured: Captured):
+        """Rows whose gradients are made at once."""
+        chunk = gradient_chunk(layer, self.runtime.precision.product_dtype.itemsize)
+        for start in range(0, len(captured.activations), chunk):
+            yield slice(start, min(start + chunk, len(captured.activations)))
+
     def _flat_gradients(self, layer: TrackedLayer, captured: Captured):
         """(rows, per-sample gradients [rows, parameters] as operands of products), a few at a time."""
         precision, task = self.runtime.precision, self.study.task
@@ -230,9 +256,7 @@ class _PairwiseJob:
             gradients = layer.to_flat(task.post_process_per_sample_gradient(layer.name, gradients))
             yield slice(0, len(gradients)), precision.operand(gradients)
             return
-        chunk = gradient_chunk(layer, precision.product_dtype.itemsize)
-        for start in range(0, len(captured.activations), chunk):
-            rows = slice(start, min(start + chunk, len(captured.activations)))
+        for rows in self._chunks(layer, captured):
             activations, output_gradients = captured.activations[rows], captured.output_gradients[rows]
             gradients = layer.flat_gradients(activations, output_gradients, out=self._buffer(layer, activations))
             yield rows, precision.operand(gradients)

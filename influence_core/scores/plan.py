@@ -151,7 +151,7 @@ def factor_bytes(layers: list[TrackedLayer], work: Work, preconditioners: bool =
     """Bytes of all strategies' factors: those that are stored, or what the preconditioners hold."""
     squares = sum(size * size for layer in layers for size in layer.shape)
     parameters = sum(layer.num_parameters for layer in layers)
-    matrices = (1 if preconditioners else 2) * squares * work.num_in_eigenbasis
+    matrices = squares * (bool(work.num_in_eigenbasis) if preconditioners else 2 * work.num_in_eigenbasis)
     vectors = parameters * (work.num_strategies if preconditioners else work.num_with_lambda)
     return (matrices + vectors) * work.sum_bytes
 
@@ -186,11 +186,16 @@ def fit_flops(layers: list[TrackedLayer], work: Work) -> dict[str, float]:
     if work.num_with_lambda:
         products = 0
         for layer in layers:
-            (o, i), t = layer.shape, work.train.positions[layer.name]
-            rotation = min(2 * t * (o * o + i * i), 2 * o * i * (o + i)) * bool(work.num_in_eigenbasis)
-            products += 2 * t * o * i + rotation
+            products += 2 * work.train.positions[layer.name] * layer.num_parameters
+            products += _rotation_flops(layer, work.train) * bool(work.num_in_eigenbasis)
         flops["lambda"] = work.num_train * (one_pass + products)
     return flops
+
+
+def _rotation_flops(layer: TrackedLayer, probe: Probe) -> float:
+    """Of one example's gradient into the eigenbasis."""
+    (o, i), t = layer.shape, probe.positions[layer.name]
+    return min(2 * t * (o * o + i * i), 2 * o * i * (o + i))
 
 
 def _cost(groups: list[list[TrackedLayer]], tiles: list[range], layers: list[TrackedLayer], work: Work) -> Plan:
@@ -205,8 +210,9 @@ def _cost(groups: list[list[TrackedLayer]], tiles: list[range], layers: list[Tra
             below += sum(layer.num_parameters for layer in group)
         return flops
 
-    rotations = sum(4 * layer.num_parameters * sum(layer.shape) for layer in layers)
-    flops = work.num_queries * (gradient_flops(work.query) + work.num_in_eigenbasis * rotations)
+    rotations = sum(_rotation_flops(layer, work.query) for layer in layers) * bool(work.num_in_eigenbasis)
+    rotations_back = sum(2 * layer.num_parameters * sum(layer.shape) for layer in layers) * work.num_in_eigenbasis
+    flops = work.num_queries * (gradient_flops(work.query) + rotations + rotations_back)
     flops += work.num_train * (len(tiles) * gradient_flops(work.train) + 2 * work.num_rows * parameters)
     peaks = fit_peaks(layers, work)
     for group in groups:
