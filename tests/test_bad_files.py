@@ -96,7 +96,7 @@ def test_local_data_that_cannot_be_used(kind, local_data, checkpoint, tmp_path):
         validation.unlink()
     elif kind == "no data":
         train.unlink(), validation.unlink()
-    flags = ["--dataset_name_or_path", local_data, "--model_name_or_path", checkpoint, "--num_train_epochs", "0"]
+    flags = ["--dataset_name_or_path", local_data, "--tokenizer_name_or_path", checkpoint, "--num_train_epochs", "0"]
     if kind == "whole":
         run("train", *TRAIN, *flags, "--num_train", "2", "--checkpoint_dir", tmp_path / "new").ok()
     else:

@@ -1,5 +1,6 @@
 """train.py, then analyze.py, from end to end at tiny size: what they print and leave, and that it is true."""
 
+import inspect
 import json
 import re
 
@@ -25,13 +26,10 @@ ACTIONS = [
 @pytest.fixture(scope="module")
 def task(checkpoint):
     """The task as the fixtures' checkpoint has it, with its tokenizer."""
-    task = WikiTextTask(**{key: value for key, value in record(checkpoint).items() if key in TASK_FLAGS})
+    flags = inspect.signature(WikiTextTask).parameters
+    task = WikiTextTask(**{key: value for key, value in record(checkpoint).items() if key in flags})
     task.load_model(str(checkpoint))
     return task
-
-
-TASK_FLAGS = ["model_name_or_path", "tokenizer_name_or_path", "config_overrides", "dataset_name_or_path"]
-TASK_FLAGS += ["dataset_config", "block_size", "vocab_size"]
 
 
 def record(checkpoint):
@@ -189,7 +187,8 @@ def test_the_checkpoint_is_one_that_transformers_loads(checkpoint, tmp_path):
     assert not any(loading.values()), loading
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     assert len(tokenizer) == model.config.vocab_size
-    task = WikiTextTask(**{key: value for key, value in record(checkpoint).items() if key in TASK_FLAGS})
+    flags = inspect.signature(WikiTextTask).parameters
+    task = WikiTextTask(**{key: value for key, value in record(checkpoint).items() if key in flags})
     blocks = torch.stack([example["input_ids"] for example in task.load_dataset("train")[:NUM_TRAIN]])
     assert blocks.shape == (NUM_TRAIN, BLOCK_SIZE)
     with torch.no_grad():
