@@ -12,7 +12,7 @@ from influence_core.factors.strategies import Damping, find_strategy
 from influence_core.layers import TrackedLayer
 from influence_core.passes import LossFunction, Probe
 from influence_core.scores.pairwise import compute_pairwise_scores, pairwise_score_store
-from influence_core.scores.plan import Plan, Work, describe_plan, make_plan
+from influence_core.scores.plan import Plan, Work, describe_plan, make_plan, plan_flops
 from influence_core.storage import require_writable
 from influence_core.study import Study
 
@@ -76,6 +76,7 @@ def plan_analysis(study: Study, work: Work, memory_budget: int | None) -> Plan:
     study.runtime.print(describe_plan(plan, study.layers, work, in_use, budget))
     study.runtime.print(f"  numbers  {study.runtime.precision.description}, on {study.runtime.device}")
     study.planned_memory = in_use + max(plan.peak_bytes.values())
+    study.planned_flops = plan_flops(plan, study.layers, work)
     return plan
 
 

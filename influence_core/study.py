@@ -53,6 +53,7 @@ class Study:
         self.pending: list[tuple[Tensor, Tensor, str]] = []  # losses not looked at yet: (loss, examples, what)
         self.computed: set[Path] = set()  # manifests of the stages that this process went through
         self.planned_memory: int | None = None  # bytes at the peak, once there is a plan
+        self.planned_flops: dict[str, float] = {}  # by stage
 
     @cached_property
     def layers(self) -> list[TrackedLayer]:

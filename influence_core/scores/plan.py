@@ -192,6 +192,11 @@ def fit_flops(layers: list[TrackedLayer], work: Work) -> dict[str, float]:
     return flops
 
 
+def plan_flops(plan: Plan, layers: list[TrackedLayer], work: Work) -> dict[str, float]:
+    """FLOPs of every stage of the analysis."""
+    return {**fit_flops(layers, work), "pairwise": plan.pairwise_flops}
+
+
 def _rotation_flops(layer: TrackedLayer, probe: Probe) -> float:
     """Of one example's gradient into the eigenbasis."""
     (o, i), t = layer.shape, probe.positions[layer.name]
@@ -229,7 +234,7 @@ def gigabytes(num_bytes: float) -> str:
 
 def describe_plan(plan: Plan, layers: list[TrackedLayer], work: Work, in_use: int, budget: int) -> str:
     """The plan as a person reads it, before the work begins."""
-    flops = {**fit_flops(layers, work), "pairwise": plan.pairwise_flops}
+    flops = plan_flops(plan, layers, work)
     stages = ", ".join(f"{stage} {gigabytes(in_use + peak)}" for stage, peak in plan.peak_bytes.items())
     passes = f"{plan.num_passes} over the training set"
     if plan.num_passes > 1:

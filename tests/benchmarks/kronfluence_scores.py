@@ -12,8 +12,8 @@ from pathlib import Path
 from influence_core.experiments.arguments import COMMON_DEFAULTS, read_training_record
 from influence_core.factors.strategies import HEURISTIC
 from influence_core.storage import write_tensors
-from tests.benchmarks.compare_with_kronfluence import TASK_FLAGS, FixedLabelsTask, sample_all_labels
 from tests.benchmarks.peer import Peer
+from tests.benchmarks.systems import TASK_FLAGS, FixedLabelsTask, sample_all_labels
 
 
 def main():

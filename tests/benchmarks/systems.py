@@ -1,0 +1,166 @@
+"""What the benchmarks run: the WikiText task with given labels, our analysis with its timings, and how scores agree."""
+
+import inspect
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+
+from influence_core.analysis import _probe, analyze
+from influence_core.batches import plan_batches
+from influence_core.experiments.arguments import read_training_record
+from influence_core.labels import LabelSampler
+from influence_core.runtime import Runtime
+from influence_core.study import Study
+from tests.benchmarks.peer import STAGES
+from wikitext_gpt2.task import WikiTextTask
+
+TASK_FLAGS = tuple(inspect.signature(WikiTextTask).parameters)
+PAIRWISE = "Compute Pairwise Score"
+STAGE_OF = {"covariance": "Fit Covariance", "eigendecomposition": "Perform Eigendecomposition", "lambda": "Fit Lambda"}
+
+
+class FixedLabelsTask(WikiTextTask):
+    """The task with labels sampled beforehand, carried by each example."""
+
+    def collate(self, examples):
+        batch = super().collate(examples)
+        if "sampled_labels" in examples[0]:
+            batch["sampled_labels"] = torch.stack([example["sampled_labels"] for example in examples])
+        return batch
+
+    def train_loss(self, model, batch, sample_labels=None):
+        if sample_labels is None or "sampled_labels" not in batch:
+            return super().train_loss(model, batch, sample_labels)
+        return self.next_token_loss(model, batch["input_ids"], batch["sampled_labels"])
+
+
+def sample_all_labels(model, examples, seed):
+    """Each example with "sampled_labels" [positions - 1] from the model's own distribution."""
+    sampler = LabelSampler(seed)
+    labelled = []
+    for index, example in enumerate(examples):
+        with torch.no_grad():
+            logits = model(example["input_ids"][None].to(model.device), use_cache=False).logits[0, :-1]
+        uniforms = sampler.uniforms(torch.tensor([index]), len(logits))[0].to(logits.device)
+        labelled.append({**example, "sampled_labels": sampler.sample(logits, uniforms).cpu()})
+    return labelled
+
+
+@dataclass
+class Setting:
+    """Model and data of a comparison, and a directory for what both systems store."""
+
+    task: FixedLabelsTask
+    model: nn.Module
+    train: list
+    queries: list
+    directory: Path
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+
+def make_setting(arguments, directory: Path) -> Setting:
+    """From the flags; those of the task come from the checkpoint where there is one."""
+    if arguments.checkpoint_dir:
+        record = read_training_record(arguments.checkpoint_dir)
+        vars(arguments).update({flag: record.get(flag) for flag in TASK_FLAGS})
+    torch.manual_seed(arguments.seed)
+    task = FixedLabelsTask(**{flag: getattr(arguments, flag) for flag in TASK_FLAGS})
+    model = task.load_model(arguments.checkpoint_dir).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    train, queries = list(task.load_dataset("train")), list(task.load_dataset("validation"))
+    queries += train[arguments.num_train :]  # a small corpus has few; time does not depend on which they are
+    return Setting(task, model, train[: arguments.num_train], queries[: arguments.num_queries], directory)
+
+
+@dataclass
+class OurRun:
+    """One analysis by the core; seconds and FLOPs by the name of the action."""
+
+    scores: Tensor
+    seconds: dict[str, float]
+    planned_bytes: int
+    flops: dict[str, float]
+    product_flops: dict[str, float]  # of these, those outside the forward and backward passes
+    pass_seconds: dict[str, float] = field(default_factory=dict)  # of the passes alone
+
+
+def run_ours(arguments, setting: Setting, train: list, time_passes: bool = False) -> OurRun:
+    runtime = Runtime.start(use_half_precision=arguments.half, use_compile=arguments.compile, seed=arguments.seed)
+    study = Study(setting.task, setting.model, train, setting.directory / "ours", runtime, overwrite=True)
+    scores = analyze(
+        study,
+        [arguments.strategy],
+        setting.queries,
+        damping=arguments.damping,
+        query_batch_size=arguments.query_batch_size,
+        train_batch_size=arguments.train_batch_size,
+        factor_batch_size=arguments.factor_batch_size,
+    )
+    seconds = {stage: study.profiler.total(stage) for stage in (*STAGES, PAIRWISE)}
+    flops = {STAGE_OF.get(stage, PAIRWISE): count for stage, count in study.planned_flops.items()}
+    of_train, of_queries = (
+        len(data) * (probe.forward_flops + probe.backward_flops)
+        for data, loss in ((train, study.fisher_loss), (setting.queries, setting.task.measurement))
+        for probe in [_probe(study, data, loss, study.layers)]
+    )
+    passes = {"Fit Covariance": of_train, "Fit Lambda": of_train, PAIRWISE: of_train + of_queries}
+    products = {stage: count - passes.get(stage, 0) for stage, count in flops.items()}
+    run = OurRun(scores[arguments.strategy], seconds, study.planned_memory, flops, products)
+    if time_passes:
+        fisher = _pass_seconds(study, train, study.fisher_loss, arguments.factor_batch_size)
+        pairwise = _pass_seconds(study, train, setting.task.train_loss, arguments.train_batch_size)
+        pairwise += _pass_seconds(study, setting.queries, setting.task.measurement, arguments.query_batch_size)
+        run.pass_seconds = {"Fit Covariance": fisher, "Fit Lambda": fisher, PAIRWISE: pairwise}
+        run.pass_seconds["Perform Eigendecomposition"] = 0.0
+    return run
+
+
+def _pass_seconds(study: Study, dataset, loss, batch_size: int) -> float:
+    """Forward and backward over the dataset, with nothing done to what is captured."""
+    batches = plan_batches(len(dataset), batch_size, study.runtime)
+    study.runtime.synchronize()
+    start = time.perf_counter()
+    with study.gradient_pass(loss) as run:
+        for _ in study.captures(run, dataset, batches, "loss"):
+            pass
+    study.runtime.synchronize()
+    return time.perf_counter() - start
+
+
+def matrix_product_peak(device, half) -> float:
+    """GFLOP/s of a large product here and now."""
+    dtype = torch.bfloat16 if half and device.type == "cuda" else torch.float32
+    a = torch.randn(2048, 2048, device=device, dtype=dtype)
+    runtime, times = Runtime(device=device), []
+    for _ in range(7):
+        runtime.synchronize()
+        start = time.perf_counter()
+        a @ a
+        runtime.synchronize()
+        times.append(time.perf_counter() - start)
+    return 2 * 2048**3 / median(times) / 1e9
+
+
+def relative_difference(a, b):
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def agreement(ours: Tensor, theirs: Tensor, our_directory: Path, their_factors: dict[str, Any]) -> dict[str, float]:
+    """Largest relative differences of factors, and how the scores correlate."""
+    factors = next(our_directory.glob("factors_*"))
+    result = {"scores": relative_difference(ours, theirs)}
+    for kind, tensors in their_factors.items():
+        mine = load_file(factors / f"{kind}.safetensors")
+        result[kind] = max(relative_difference(mine[name], tensor) for name, tensor in tensors.items())
+    result["pearson"] = float(torch.corrcoef(torch.stack([ours.flatten(), theirs.flatten()]).double())[0, 1])
+    result["mean_query_spearman"] = float(sum(spearmanr(a, b).statistic for a, b in zip(ours, theirs)) / len(ours))
+    return result
