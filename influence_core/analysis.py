@@ -59,6 +59,7 @@ def analyze(
         num_with_lambda=sum(strategy.needs_lambda for strategy in strategies),
         sum_bytes=study.runtime.precision.sum_dtype.itemsize,
         device_type=study.runtime.device.type,
+        num_processes=study.runtime.world_size,
     )
     plan = plan_analysis(study, work, memory_budget)
     factor_stores = {name: fit_factors(study, name, factor_batch_size) for name in strategy_names}

@@ -10,13 +10,19 @@ from influence_core.runtime import Runtime
 from influence_core.task import EXAMPLE_INDEX, Batch, InfluenceTask
 
 
-def plan_batches(num_examples: int, batch_size: int, runtime: Runtime) -> list[list[int]]:
-    """The index lists of this process's batches: a contiguous share of the examples, cut into batches.
+def share(num_examples: int, runtime: Runtime) -> range:
+    """The examples that belong to this process: a contiguous share, uneven or empty where it has to be."""
+    rank, world_size = runtime.rank, runtime.world_size
+    return range(num_examples * rank // world_size, num_examples * (rank + 1) // world_size)
 
-    Shares may be uneven, or empty; every example belongs to exactly one process, and none is padded or repeated.
+
+def plan_batches(num_examples: int, batch_size: int, runtime: Runtime) -> list[list[int]]:
+    """The index lists of this process's batches: its share of the examples, cut into batches.
+
+    Every example belongs to exactly one process, and none is padded or repeated.
     """
-    bounds = [num_examples * rank // runtime.world_size for rank in (runtime.rank, runtime.rank + 1)]
-    return [list(range(start, min(start + batch_size, bounds[1]))) for start in range(*bounds, batch_size)]
+    mine = share(num_examples, runtime)
+    return [list(mine[start : start + batch_size]) for start in range(0, len(mine), batch_size)]
 
 
 def iterate_batches(

@@ -60,11 +60,14 @@ class GradientPass:
         precision: Precision | None = None,
         compile: bool = False,
         rounded: list[TrackedLayer] | None = None,
+        rows_per_example: int = 1,
     ):
-        """`rounded`: layers that emulated bfloat16 rounds; by default those tracked here."""
+        """`rounded`: layers that emulated bfloat16 rounds; by default those tracked here. `rows_per_example`: the
+        task's, see InfluenceTask."""
         self.model, self.layers, self.loss_function, self.position_mask = model, layers, loss_function, position_mask
         self.precision = precision or Precision()
         self.rounded = rounded or layers
+        self.rows_per_example = rows_per_example
         self.step = torch.compile(self._step) if compile else None
         self.probe_shapes: dict[tuple, dict[str, list[torch.Size]]] = {}  # by the shapes of the batch
         self.inputs: dict[str, list[Tensor]] = {}
@@ -229,6 +232,15 @@ class GradientPass:
                     f"the position mask of layer {layer.name} is {tuple(mask.shape)}, but the layer saw "
                     f"{tuple(activations.shape[:2])} rows and positions: give it the mask of its own input stream"
                 )
+        if (k := self.rows_per_example) > 1:
+            if len(activations) != k * num_examples:
+                raise ValueError(
+                    f"layer {layer.name} saw {len(activations)} rows for {num_examples} examples of {k} rows each"
+                )
+            activations, output_gradients = (
+                x.reshape(num_examples, k * x.shape[1], x.shape[2]) for x in (activations, output_gradients)
+            )
+            mask = None if mask is None else mask.reshape(num_examples, -1)
         return Captured(activations, output_gradients, mask)
 
 

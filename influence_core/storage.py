@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from influence_core.errors import UserError
+from influence_core.fingerprints import digest
 
 Tensors = dict[str, Tensor]
 
@@ -82,11 +83,14 @@ class StageStore:
 
     def save(self, files: Mapping[str, Tensors], counts: Mapping[str, Any] | None = None) -> None:
         """Write the files, then the manifest, then drop the progress."""
-        entries = {}
+        paths = []
         for stem, tensors in files.items():
-            path = self.directory / f"{stem}.safetensors"
-            write_tensors(path, tensors)
-            entries[path.name] = {"sha256": file_checksum(path), "bytes": path.stat().st_size}
+            paths.append(self.directory / f"{stem}.safetensors")
+            write_tensors(paths[-1], tensors)
+        self._finish(paths, counts)
+
+    def _finish(self, paths: Sequence[Path], counts: Mapping[str, Any] | None) -> None:
+        entries = {path.name: {"sha256": file_checksum(path), "bytes": path.stat().st_size} for path in paths}
         write_json(
             self.manifest_path,
             {
@@ -102,10 +106,27 @@ class StageStore:
         for path in self.directory.glob(f"{self.stage}.progress.*"):
             path.unlink()
 
+    def save_columns(
+        self, stem: str, name: str, block: Tensor, columns: range, num_columns: int, counts: Mapping[str, Any], runtime
+    ) -> None:
+        """As `save`, of one [rows, num_columns] tensor of which every process has, and writes, its own columns.
+
+        Args:
+            block: [rows, len(columns)], on the CPU. Every process calls this, and leaves when the result is whole.
+        """
+        if runtime.world_size == 1:
+            self.save({stem: {name: block}}, counts)
+            return
+        path = self.directory / f"{stem}.safetensors"
+        write_columns(path, name, block, columns, num_columns, runtime)
+        if runtime.is_main:
+            self._finish([path], counts)
+        runtime.barrier()
+
     def checksum(self) -> str:
         """One checksum over the files of a finished stage: what a later stage says it was made from."""
         entries = self.manifest()["files"]
-        return _digest(entries[name]["sha256"].encode() for name in sorted(entries))
+        return digest(entries[name]["sha256"].encode() for name in sorted(entries))
 
     def discard(self) -> None:
         """Forget a stored result: the manifest first, so that nothing half-removed is ever taken for whole."""
@@ -162,6 +183,45 @@ def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None 
     """Write a .safetensors file, whole or not at all."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     _write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def write_columns(path: Path, name: str, block: Tensor, columns: range, num_columns: int, runtime) -> None:
+    """Write a .safetensors file of one [rows, num_columns] tensor, each process its own columns, whole or not at all.
+
+    No process holds more than its columns. The main process reserves the space first, so that a full disk is an error
+    there and then, and moves the file to its place when all have written.
+    """
+    block = block.contiguous()
+    shape = (len(block), num_columns)
+    size = shape[0] * shape[1] * block.element_size()
+    entry = {"dtype": _DTYPE_NAMES[block.dtype], "shape": shape, "data_offsets": [0, size]}
+    header = json.dumps({name: entry}).encode()
+    header += b" " * (-len(header) % 8)
+    header = len(header).to_bytes(8, "little") + header
+    temporary = path.with_name(f".{path.name}.columns")
+    try:
+        if runtime.is_main:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                file.write(header)
+                file.flush()
+                os.posix_fallocate(file.fileno(), 0, len(header) + size)
+        runtime.barrier()
+        if len(columns):
+            whole = np.memmap(temporary, block.numpy().dtype, "r+", len(header), shape)
+            whole[:, columns.start : columns.stop] = block.numpy()
+            whole.flush()
+        runtime.barrier()
+        if runtime.is_main:
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error.strerror or error}") from None
+
+
+_DTYPE_NAMES = {torch.float32: "F32", torch.float64: "F64"}  # as safetensors calls them
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -221,66 +281,3 @@ def _read_checked(path: Path, sha256: str, names: Collection[str] | None) -> Ten
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}; {_REDO}") from None
     raise UserError(f"{path} is truncated or altered (its checksum is not the one recorded); {_REDO}")
-
-
-def _digest(chunks) -> str:
-    digest = hashlib.sha256()
-    for chunk in chunks:
-        digest.update(chunk)
-    return digest.hexdigest()[:16]
-
-
-def _tensor_bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """A digest of all parameters and buffers, names and values, and of a Transformers model's config.
-
-    The config tells models apart whose tensors are the same: number of heads, activation, dropout.
-    """
-
-    def parts():
-        config = model.config.to_dict() if hasattr(model, "config") else {}
-        config = {key: value for key, value in config.items() if key not in _NOT_OF_THE_MODEL}
-        yield json.dumps(config, sort_keys=True, default=str).encode()
-        for name, tensor in model.state_dict().items():
-            yield name.encode()
-            yield _tensor_bytes(tensor)
-
-    return _digest(parts())
-
-
-# Of a config: where it came from and how it was loaded.
-_NOT_OF_THE_MODEL = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"}
-
-
-def dataset_fingerprint(dataset: Sequence[Any]) -> str:
-    """A digest of all examples in order.
-
-    An example is a tensor, array, string, number, boolean or None, or a mapping or sequence of examples.
-
-    Raises:
-        TypeError: it is something else, whose value can't be told from its type.
-    """
-
-    def parts(value):
-        if isinstance(value, Tensor | np.ndarray | np.generic):
-            tensor = torch.as_tensor(value)
-            yield f"{tensor.dtype}{tuple(tensor.shape)}:".encode()
-            yield _tensor_bytes(tensor)
-        elif isinstance(value, Mapping):
-            yield f"mapping {len(value)}:".encode()
-            for key in sorted(value):
-                yield f"{key!r}=".encode()
-                yield from parts(value[key])
-        elif isinstance(value, str | bytes | int | float | None):
-            yield f"{value!r};".encode()
-        elif isinstance(value, Sequence):
-            yield f"sequence {len(value)}:".encode()
-            for item in value:
-                yield from parts(item)
-        else:
-            raise TypeError(f"an example holds a {type(value).__name__}: no fingerprint can be made of it")
-
-    return _digest(part for index in range(len(dataset)) for part in parts(dataset[index]))

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from influence_core.batches import iterate_batches
 from influence_core.errors import UserError
+from influence_core.fingerprints import dataset_fingerprint, model_fingerprint
 from influence_core.labels import LabelSampler
 from influence_core.layers import TrackedLayer, find_tracked_layers
 from influence_core.passes import Captured, GradientPass, LossFunction
 from influence_core.profiler import Profiler
 from influence_core.runtime import Runtime
-from influence_core.storage import StageStore, dataset_fingerprint, model_fingerprint
+from influence_core.storage import StageStore
 from influence_core.task import EXAMPLE_INDEX, Batch, InfluenceTask
 
 
@@ -95,7 +96,14 @@ class Study:
         layers = self.layers if layers is None else layers
         precision, compile = self.runtime.precision, self.runtime.compile
         return GradientPass(
-            self.model, layers, loss_function, self.task.position_mask, precision, compile, rounded=self.layers
+            self.model,
+            layers,
+            loss_function,
+            self.task.position_mask,
+            precision,
+            compile,
+            rounded=self.layers,
+            rows_per_example=self.task.rows_per_example,
         )
 
     def captures(

@@ -23,6 +23,13 @@ EXAMPLE_INDEX = "example_index"  # batch[EXAMPLE_INDEX]: [examples] int64, the i
 class InfluenceTask(ABC):
     """All that is particular to one model, dataset and question; everything else is shared."""
 
+    rows_per_example: int = 1
+    """Rows of a batch that make one example whose gradient is the sum of theirs (the endings of a question).
+
+    The engine then lays the rows of an example end to end along the position axis, so that the contraction over
+    positions adds them up: the same sum as post_process_per_sample_gradient could make, without a gradient of each row.
+    """
+
     @abstractmethod
     def load_model(self, checkpoint_dir: str | None) -> nn.Module:
         """The model in float32; from the checkpoint, or the initial one (to train) where it is None."""
@@ -56,7 +63,10 @@ class InfluenceTask(ABC):
         return None
 
     def post_process_per_sample_gradient(self, layer_name: str, gradient: Tensor) -> Tensor:
-        """[rows, out, in(+1)] -> [examples, out, in(+1)], for tasks where several rows make one example."""
+        """[rows, out, in(+1)] -> [examples, out, in(+1)], for tasks where several rows make one example.
+
+        swag_roberta/task.py is the worked example. Not called where `rows_per_example` says the same more cheaply.
+        """
         return gradient
 
     @abstractmethod
@@ -69,5 +79,7 @@ class InfluenceTask(ABC):
 
     @property
     def post_processes(self) -> bool:
-        """Whether the task overrides post_process_per_sample_gradient."""
+        """Whether gradients have to go through post_process_per_sample_gradient."""
+        if self.rows_per_example > 1:
+            return False
         return type(self).post_process_per_sample_gradient is not InfluenceTask.post_process_per_sample_gradient

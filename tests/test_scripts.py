@@ -1,6 +1,5 @@
 """train.py, then analyze.py, from end to end at tiny size: what they print and leave, and that it is true."""
 
-import inspect
 import json
 import re
 
@@ -26,7 +25,7 @@ ACTIONS = [
 @pytest.fixture(scope="module")
 def task(checkpoint):
     """The task as the fixtures' checkpoint has it, with its tokenizer."""
-    flags = inspect.signature(WikiTextTask).parameters
+    flags = WikiTextTask.flag_names()
     task = WikiTextTask(**{key: value for key, value in record(checkpoint).items() if key in flags})
     task.load_model(str(checkpoint))
     return task
@@ -187,7 +186,7 @@ def test_the_checkpoint_is_one_that_transformers_loads(checkpoint, tmp_path):
     assert not any(loading.values()), loading
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     assert len(tokenizer) == model.config.vocab_size
-    flags = inspect.signature(WikiTextTask).parameters
+    flags = WikiTextTask.flag_names()
     task = WikiTextTask(**{key: value for key, value in record(checkpoint).items() if key in flags})
     blocks = torch.stack([example["input_ids"] for example in task.load_dataset("train")[:NUM_TRAIN]])
     assert blocks.shape == (NUM_TRAIN, BLOCK_SIZE)

@@ -23,7 +23,8 @@ def cache(tmp_path, monkeypatch):
 
 
 def wikitext(config, block_size=512):
-    return WikiTextTask(None, str(TOKENIZER), None, str(WIKITEXT), config, None, None, block_size, None)
+    flags = dict.fromkeys(WikiTextTask.flag_names()) | {"block_size": block_size, "dataset_config": config}
+    return WikiTextTask(**flags | {"dataset_name_or_path": str(WIKITEXT), "tokenizer_name_or_path": str(TOKENIZER)})
 
 
 def cut(rows, tokenizer, rows_per_group, block_size=512):
@@ -59,10 +60,10 @@ def test_blocks_of_wikitext(config, split, num_rows):
 @needs_wikitext
 def test_parts_of_splits_and_a_tokenizer_of_their_text():
     """--train_split and --validation_split name parts that do not meet; --vocab_size trains a tokenizer on the one."""
-    config = "n_layer=1,n_embd=8,n_head=2,n_positions=64"
-    task = WikiTextTask(
-        None, None, config, str(WIKITEXT), "wikitext-2-v1", "validation[:5%]", "validation[5%:8%]", 64, 300
-    )
+    flags = dict.fromkeys(WikiTextTask.flag_names()) | {"block_size": 64, "vocab_size": 300}
+    flags |= {"dataset_name_or_path": str(WIKITEXT), "dataset_config": "wikitext-2-v1"}
+    flags |= {"train_split": "validation[:5%]", "validation_split": "validation[5%:8%]"}
+    task = WikiTextTask(**flags | {"config_overrides": "n_layer=1,n_embd=8,n_head=2,n_positions=64"})
     assert task.load_model(None).config.vocab_size == len(task.tokenizer) == 300
     (path,) = (WIKITEXT / "wikitext-2-v1").glob("validation-*.parquet")
     rows = datasets.Dataset.from_parquet(str(path))["text"]

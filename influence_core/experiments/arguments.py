@@ -75,7 +75,8 @@ def parse(task_class: type[ExampleTask], script: str, description: str, argv: li
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
-    task_flags = _add_task_arguments(parser, task_class)
+    task_flags = task_class.flag_names()
+    task_class.add_arguments(parser)
     _add_shared_arguments(parser)
     for add in SCRIPTS[script]:
         add(parser)
@@ -134,12 +135,6 @@ def _defaults(defaults: dict, script: str) -> dict:
             flag.removesuffix(suffix): value for flag, value in defaults.items() if suffix and flag.endswith(suffix)
         }
     return chosen
-
-
-def _add_task_arguments(parser: argparse.ArgumentParser, task_class: type[ExampleTask]) -> list[str]:
-    before = len(parser._actions)
-    task_class.add_arguments(parser)
-    return [action.dest for action in parser._actions[before:]]
 
 
 def _add_shared_arguments(parser: argparse.ArgumentParser) -> None:

@@ -31,6 +31,13 @@ class ExampleTask(InfluenceTask):
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         """Add the task's own flags: model, data and their sizes."""
 
+    @classmethod
+    def flag_names(cls) -> list[str]:
+        """Of the flags that `add_arguments` adds."""
+        parser = argparse.ArgumentParser(add_help=False)
+        cls.add_arguments(parser)
+        return [action.dest for action in parser._actions]
+
     def training_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The mean loss that training minimises; by default what the model computes from the batch."""
         return model(**{key: value for key, value in batch.items() if key != EXAMPLE_INDEX}).loss

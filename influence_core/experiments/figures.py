@@ -46,21 +46,21 @@ def draw_lds(result_path: Path, figure_path: Path) -> Path:
 
 
 def draw_counterfactual(result_path: Path, figure_path: Path) -> Path:
-    """The first metric against the number of examples removed, one line a method."""
+    """Each metric against the number of examples removed, one line a method."""
     result = json.loads(Path(result_path).read_text())
-    metric, methods = next(iter(result["metrics"].items()))
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6, 4.2), layout="constrained")
-        axes = figure.add_subplot()
-        for number, (name, rows) in enumerate(methods.items()):
-            errors = [error or 0 for error in rows["standard_error"]]
-            look = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
-            style = "--" if name == "random" else "-"
-            axes.errorbar(result["removal_sizes"], rows["mean"], errors, capsize=4, linestyle=style, label=name, **look)
-        axes.set_xlabel(f"number of training sequences removed (of {result['num_train']})")
-        axes.set_ylabel(f"{metric} ({result['num_queries']} queries)")
-        axes.set_xticks(result["removal_sizes"])
-        axes.legend(title=f"removed by (error bars: standard error of {result['num_repeats']})", title_fontsize=9)
+        figure = Figure(figsize=(1 + 5 * len(result["metrics"]), 4.2), layout="constrained")
+        panels = figure.subplots(1, len(result["metrics"]), squeeze=False)[0]
+        for axes, (metric, methods) in zip(panels, result["metrics"].items()):
+            for number, (name, rows) in enumerate(methods.items()):
+                errors = [error or 0 for error in rows["standard_error"]]
+                look = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+                look |= {"linestyle": "--" if name == "random" else "-", "label": name, "capsize": 4}
+                axes.errorbar(result["removal_sizes"], rows["mean"], errors, **look)
+            axes.set_xlabel(f"number of training sequences removed (of {result['num_train']})")
+            axes.set_ylabel(f"{metric} ({result['num_queries']} queries)")
+            axes.set_xticks(result["removal_sizes"])
+        panels[0].legend(title=f"removed by (error bars: standard error of {result['num_repeats']})", title_fontsize=9)
         return _save(figure, figure_path)
 
 

@@ -17,7 +17,8 @@ from influence_core.experiments.arguments import RECIPE_FLAGS, check_size, read_
 from influence_core.experiments.bank import Retraining, RetrainingBank
 from influence_core.experiments.example import ExampleTask
 from influence_core.experiments.fitting import OneDevice, Recipe, evaluate, fit
-from influence_core.storage import dataset_fingerprint, differences, model_fingerprint
+from influence_core.fingerprints import dataset_fingerprint, model_fingerprint
+from influence_core.storage import differences
 
 
 class Experiment:
@@ -39,9 +40,10 @@ class Experiment:
 
     def _note_differences(self) -> None:
         """Retraining otherwise than the checkpoint was trained is allowed, but the scores are the checkpoint's."""
-        record = {"num_train": len(self.task.load_dataset("train"))}
         stored = read_training_record(self.arguments.checkpoint_dir)
-        record |= {flag: stored[flag] for flag in ("num_train", *RECIPE_FLAGS) if stored.get(flag) is not None}
+        record = {flag: stored[flag] for flag in RECIPE_FLAGS if stored.get(flag) is not None}
+        num_examples = len(self.task.load_dataset("train"))
+        record["num_train"] = min(stored.get("num_train") or num_examples, num_examples)
         now = {flag: value for flag, value in vars(self.arguments).items() if flag in record}
         differing = differences(record, now | {"num_train": len(self.train_dataset)})
         if stored and differing and self.is_main:

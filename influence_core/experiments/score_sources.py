@@ -13,8 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from influence_core.errors import UserError
+from influence_core.fingerprints import dataset_fingerprint
 from influence_core.scores.pairwise import SCORES
-from influence_core.storage import StageStore, dataset_fingerprint, differences
+from influence_core.storage import StageStore, differences
 
 TFIDF = "tfidf"
 FILE = "pairwise_scores.safetensors"

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from influence_core.batches import plan_batches
+from influence_core.batches import plan_batches, share
 from influence_core.factors.strategies import Damping, Preconditioner, find_strategy
+from influence_core.fingerprints import dataset_fingerprint
 from influence_core.layers import TrackedLayer
 from influence_core.passes import Captured
 from influence_core.scores.plan import Plan, gradient_chunk
-from influence_core.storage import StageStore, Tensors, dataset_fingerprint
+from influence_core.storage import StageStore, Tensors
 from influence_core.study import Study
 from influence_core.task import EXAMPLE_INDEX
 
@@ -76,13 +77,11 @@ def compute_pairwise_scores(
         job = _PairwiseJob(study, todo, factor_stores, query_dataset, plan, damping, query_batch_size, train_batch_size)
         scores = job.run(stores[todo[0]], made_by)
         with study.profiler("Save Pairwise Score"):
+            counts = {"num_queries": len(query_dataset), "num_train": len(study.train_dataset)}
             for name, block in zip(todo, scores):
-                if study.runtime.is_main:
-                    stores[name].save(
-                        {"pairwise_scores": {SCORES: block}},
-                        {"num_queries": len(query_dataset), "num_train": len(study.train_dataset)},
-                    )
-        study.runtime.barrier()
+                stores[name].save_columns(
+                    "pairwise_scores", SCORES, block, job.columns, counts["num_train"], counts, study.runtime
+                )
     with study.profiler("Load Pairwise Score"):
         return {name: store.load()["pairwise_scores"][SCORES] for name, store in stores.items()}
 
@@ -99,16 +98,20 @@ class _PairwiseJob:
         self.query_batch_size = query_batch_size
         self.buffer: Tensor | None = None
         self.train_batches = plan_batches(len(study.train_dataset), train_batch_size, study.runtime)
+        self.columns = share(len(study.train_dataset), study.runtime)  # this process's training examples
         self.scores = torch.zeros(
             len(strategy_names),
             len(query_dataset),
-            len(study.train_dataset),
+            len(self.columns),
             dtype=study.runtime.precision.sum_dtype,
             device=study.runtime.device,
         )
 
     def run(self, progress_store: StageStore, made_by: list[dict[str, Any]]) -> Tensor:
-        """[strategies, queries, training examples]; progress counts only for the same settings of every strategy."""
+        """[strategies, queries, this process's training examples], on the CPU.
+
+        Progress counts only for the same settings of every strategy.
+        """
         runtime, plan = self.runtime, self.plan
         partition = {
             "rank": runtime.rank,
@@ -142,7 +145,6 @@ class _PairwiseJob:
                     if clock.is_due():
                         self.study.check_losses()
                         progress_store.save_progress(partition, first + step, {"scores": self.scores})
-        runtime.all_reduce([self.scores])
         return self.scores.cpu()
 
     def _load_preconditioners(self, group: list[TrackedLayer]) -> dict[str, Preconditioner]:
@@ -225,7 +227,8 @@ class _PairwiseJob:
             captures = study.captures(run, study.train_dataset, batches, "training loss")
             for step, (_, captured) in enumerate(captures, done):
                 indices = self.train_batches[step]
-                block = self.scores[:, tile.start : tile.stop, indices[0] : indices[-1] + 1]
+                first = indices[0] - self.columns.start
+                block = self.scores[:, tile.start : tile.stop, first : first + len(indices)]
                 for layer in group:
                     for rows, gradients in self._flat_gradients(layer, captured.pop(layer.name)):
                         product = precision.matmul(resident[layer.name], gradients.t())

@@ -36,6 +36,7 @@ class Work:
     num_with_lambda: int
     sum_bytes: int = 4
     device_type: str = "cpu"
+    num_processes: int = 1  # that share the training examples
 
     @property
     def num_rows(self) -> int:
@@ -124,7 +125,7 @@ def _fill_groups(
 def _peaks(group: list[TrackedLayer], work: Work, tile_size: int) -> dict[str, int]:
     """Bytes beyond what is in use, for the stages that the plan can shape."""
     resident = tile_size * work.num_strategies * sum(layer.num_parameters for layer in group) * work.operand_bytes
-    scores = work.num_rows * work.num_train * work.sum_bytes
+    scores = work.num_rows * -(-work.num_train // work.num_processes) * work.sum_bytes
     logits = 4 * CHUNK_BYTES
     buffers = {}
     for name, size in (("query", work.query_batch_size), ("train", work.train_batch_size)):

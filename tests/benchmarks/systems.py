@@ -1,6 +1,5 @@
 """What the benchmarks run: the WikiText task with given labels, our analysis with its timings, and how scores agree."""
 
-import inspect
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from influence_core.study import Study
 from tests.benchmarks.peer import STAGES
 from wikitext_gpt2.task import WikiTextTask
 
-TASK_FLAGS = tuple(inspect.signature(WikiTextTask).parameters)
+TASK_FLAGS = WikiTextTask.flag_names()
 PAIRWISE = "Compute Pairwise Score"
 STAGE_OF = {"covariance": "Fit Covariance", "eigendecomposition": "Perform Eigendecomposition", "lambda": "Fit Lambda"}
 

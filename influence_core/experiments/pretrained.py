@@ -1,0 +1,142 @@
+"""Model, tokenizer and rows of an example: from the Hub, from directories in its layout, or from scratch."""
+
+import itertools
+from abc import abstractmethod
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from datasets import Dataset, load_dataset
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+
+from influence_core.errors import UserError
+from influence_core.experiments.demo_corpus import DEMO_CORPUS, train_tokenizer
+from influence_core.experiments.example import ExampleTask, is_main_process, load_from, parse_overrides
+
+
+class PretrainedTask(ExampleTask):
+    """An example whose flags name a model, a tokenizer and a dataset; what is left is what the task is about."""
+
+    auto_model: ClassVar[type]  # such as AutoModelForCausalLM
+    config_class: ClassVar[type[PretrainedConfig]]  # of models from scratch
+    columns: ClassVar[tuple[str, ...]]  # that the dataset must have
+    encodes_pairs: ClassVar[bool] = False  # whether a new tokenizer has to mark two texts in a row
+
+    def __init__(
+        self, model_name_or_path, tokenizer_name_or_path, config_overrides, dataset_name_or_path, dataset_config,
+        train_split, validation_split, vocab_size,
+    ):  # fmt: skip
+        self.model_source, self.tokenizer_source = model_name_or_path, tokenizer_name_or_path
+        self.config_overrides = parse_overrides(config_overrides or "")
+        self.dataset_source, self.dataset_config = dataset_name_or_path, dataset_config
+        self.split_sources = {"train": train_split or "train", "validation": validation_split or "validation"}
+        self.vocab_size = vocab_size
+
+    @staticmethod
+    def add_arguments(parser):
+        parser.add_argument("--model_name_or_path", help="model to start from: a Hub id or a directory; a directory "
+                            "with only a config starts from scratch")  # fmt: skip
+        parser.add_argument("--tokenizer_name_or_path", help="where it is not with the model")
+        parser.add_argument("--config_overrides", help="key=value,… of the model's config: trains that from scratch")
+        parser.add_argument("--dataset_name_or_path", help="a Hub id or a directory in the Hub's layout")
+        parser.add_argument("--dataset_config", help="configuration of the dataset, such as wikitext-2-v1")
+        parser.add_argument("--train_split", help="what to train on: train, or a part such as 'train[:20%%]'")
+        parser.add_argument("--validation_split", help="where queries come from: validation, test, or a part of one")
+        parser.add_argument("--vocab_size", type=int, help="from scratch: train a byte-level BPE of that size on the "
+                            "training text")  # fmt: skip
+
+    # -------------------------------------------------------------------------------------------- what the task says
+
+    @abstractmethod
+    def tokenizer_texts(self) -> list[str]:
+        """The text that a new tokenizer is trained on."""
+
+    def config_values(self) -> dict[str, Any]:
+        """What the config of a model from scratch takes from the tokenizer and the task."""
+        ids = {f"{which}_token_id": getattr(self.tokenizer, f"{which}_token_id") for which in ("bos", "eos", "pad")}
+        return {"vocab_size": len(self.tokenizer)} | {key: value for key, value in ids.items() if value is not None}
+
+    def adapt_config(self, config: PretrainedConfig) -> None:
+        """Change the config of any model before it is made, where the task knows better."""
+
+    # ------------------------------------------------------------------------------------------------- what is shared
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether the data is the corpus that every Python carries."""
+        return self.dataset_source == DEMO_CORPUS
+
+    @cached_property
+    def tokenizer(self):
+        source, flag = self.tokenizer_source or self.model_source, "--tokenizer_name_or_path"
+        if self.checkpoint_dir is not None:
+            source, flag = self.checkpoint_dir, "--checkpoint_dir"
+        elif self.tokenizer_source is None and self._starts_from_scratch and self.vocab_size:
+            return train_tokenizer(self.tokenizer_texts(), self.vocab_size, self.encodes_pairs)
+        if source is None:
+            raise UserError("no tokenizer: name one with --tokenizer_name_or_path")
+        tokenizer = load_from(source, flag, lambda: AutoTokenizer.from_pretrained(source))
+        num_special = len(tokenizer.all_special_tokens)
+        if len(tokenizer) <= num_special:  # what transformers makes of a directory without a tokenizer
+            raise UserError(f"there is no tokenizer in {flag} {source}")
+        return tokenizer
+
+    def load_model(self, checkpoint_dir):
+        self.checkpoint_dir = checkpoint_dir or self.checkpoint_dir
+        if checkpoint_dir is not None:
+            return load_from(checkpoint_dir, "--checkpoint_dir", lambda: self._from_pretrained(checkpoint_dir))
+        if not self._starts_from_scratch:
+            source = self.model_source
+            return load_from(source, "--model_name_or_path", lambda: self._from_pretrained(source))
+        return self._from_scratch()
+
+    def _from_pretrained(self, source: str) -> nn.Module:
+        config = AutoConfig.from_pretrained(source)
+        self.adapt_config(config)
+        return self.auto_model.from_pretrained(source, config=config, dtype=torch.float32)
+
+    def _from_scratch(self) -> nn.Module:
+        unknown = [key for key in self.config_overrides if not hasattr(self.config_class(), key)]
+        if unknown:
+            raise UserError(f"--config_overrides: a {self.config_class.__name__} has no {', '.join(unknown)}")
+        values = {**self.config_values(), **self.config_overrides}
+        try:
+            if self.model_source and Path(self.model_source, "config.json").is_file():
+                config = AutoConfig.from_pretrained(self.model_source, **values)
+            else:
+                config = self.config_class(**values)
+            self.adapt_config(config)
+            model = self.auto_model.from_config(config)
+        except Exception as error:  # transformers checks a config in many ways
+            raise UserError(f"no model can be made with this config: {' '.join(str(error).split())}") from None
+        if is_main_process():
+            print(
+                f"Training from scratch: {config.num_hidden_layers} layers of {config.hidden_size}, vocabulary "
+                f"{config.vocab_size}"
+            )
+        return model
+
+    @property
+    def _starts_from_scratch(self) -> bool:
+        """With --config_overrides, or from a local directory without weights."""
+        is_local = self.model_source is None or Path(self.model_source).is_dir()
+        return bool(self.config_overrides) or (is_local and not self._has_weights)
+
+    @property
+    def _has_weights(self) -> bool:
+        directory = Path(self.model_source or "/nowhere")
+        return any(itertools.chain(directory.glob("*.safetensors*"), directory.glob("pytorch_model*")))
+
+    def rows(self, split: str) -> Dataset:
+        """The dataset's rows of "train" or "validation", or of the part that stands for it."""
+        rows = load_from(
+            self.dataset_source,
+            "--dataset_name_or_path",
+            lambda: load_dataset(self.dataset_source, self.dataset_config, split=self.split_sources[split]),
+        )
+        missing = [column for column in self.columns if column not in rows.column_names]
+        if missing:
+            raise UserError(f"{self.dataset_source} has no column {missing[0]!r}, only {', '.join(rows.column_names)}")
+        return rows
