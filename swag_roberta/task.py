@@ -1,7 +1,6 @@
 """SWAG with RoBERTa: which of four endings follows? An example is a question, four rows of a batch."""
 
 import re
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -69,7 +68,7 @@ class SwagTask(PretrainedTask):
 
     def __init__(self, max_length, **flags):
         super().__init__(**flags)
-        self.max_length = max_length
+        self.max_length, self._splits = max_length, {}
         if max_length < 8:
             raise UserError(f"--max_length must be at least 8, so that a question has words, not {max_length}")
 
@@ -105,10 +104,6 @@ class SwagTask(PretrainedTask):
             return list(demo_corpus().values())
         rows = self.rows("train")
         return [text for column in self.columns[:-1] for text in rows[column]]
-
-    @cached_property
-    def _splits(self) -> dict[str, list[dict]]:
-        return {}
 
     def load_dataset(self, split, indices=None):
         if split not in self._splits:

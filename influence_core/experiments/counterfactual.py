@@ -1,7 +1,5 @@
 """run_counterfactual.py of every example: remove the most influential examples and retrain."""
 
-from pathlib import Path
-
 import numpy as np
 
 from influence_core.errors import UserError
@@ -11,7 +9,7 @@ from influence_core.experiments.bank import Retraining
 from influence_core.experiments.example import ExampleTask
 from influence_core.experiments.retraining import Experiment
 from influence_core.experiments.score_sources import load_all_scores
-from influence_core.storage import require_writable, write_json
+from influence_core.storage import write_json
 
 RANDOM = "random"
 RESULT = "counterfactual.json"
@@ -33,8 +31,7 @@ def _run(task_class: type[ExampleTask], arguments) -> None:
     scores = {name: each.matrix for name, each in stored.items()}
     if RANDOM in scores:
         raise UserError(f"scores named {RANDOM!r} can't be told from random removal: rename their directory")
-    for directory in (experiment.output_dir, Path(arguments.figure_dir)):
-        require_writable(directory)
+    experiment.require_writable()
     summed = {name: matrix[:num_queries].sum(0) for name, matrix in scores.items()}
     retrainings = plan_retrainings(summed, num_train, sizes, arguments.num_repeats, arguments.seed)
     values = experiment.retrain(list(retrainings.values()))
@@ -65,10 +62,7 @@ def _run(task_class: type[ExampleTask], arguments) -> None:
     }
     write_json(experiment.output_dir / RESULT, result)
     print(f"\n{table(result)}\n")
-    figure = figures.draw_counterfactual(
-        experiment.output_dir / RESULT, Path(arguments.figure_dir) / "counterfactual.png"
-    )
-    print(f"Stored in {experiment.output_dir / RESULT}, drawn in {figure}")
+    experiment.draw(RESULT, figures.draw_counterfactual, "counterfactual.png")
 
 
 def plan_retrainings(

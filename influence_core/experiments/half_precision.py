@@ -1,7 +1,5 @@
 """half_precision_analysis.py: what bfloat16 does to the scores of one strategy."""
 
-from pathlib import Path
-
 import numpy as np
 from scipy.stats import spearmanr
 
@@ -11,7 +9,7 @@ from influence_core.experiments.arguments import check_size, parse, run_script
 from influence_core.experiments.example import ExampleTask
 from influence_core.experiments.retraining import Experiment
 from influence_core.experiments.score_sources import load_all_scores
-from influence_core.storage import differences, require_writable, write_json
+from influence_core.storage import differences, write_json
 
 RESULT = "half_precision.json"
 OF_PRECISION = {"dtype", "factors"}  # settings in which the two may differ
@@ -40,8 +38,7 @@ def _compare(task_class: type[ExampleTask], arguments) -> None:
     differing = differences(*made_by)
     if differing:
         raise UserError(f"{pair[0]} and {pair[1]} differ by more than their precision: {differing}; analyze one again")
-    for directory in (experiment.output_dir, Path(arguments.figure_dir)):
-        require_writable(directory)
+    experiment.require_writable()
     result = compare(full.matrix, half.matrix, shown)
     result |= {"strategy": strategy, "settings": {pair[0]: full.settings, pair[1]: half.settings}}
     write_json(experiment.output_dir / RESULT, result)
@@ -49,10 +46,7 @@ def _compare(task_class: type[ExampleTask], arguments) -> None:
         f"{strategy}: mean Spearman over {len(result['per_query'])} queries of float32 and bfloat16 scores "
         f"{result['mean_spearman']:.4f} (min {min(result['per_query']):.4f})"
     )
-    figure = figures.draw_half_precision(
-        experiment.output_dir / RESULT, Path(arguments.figure_dir) / "half_precision.png"
-    )
-    print(f"Stored in {experiment.output_dir / RESULT}, drawn in {figure}")
+    experiment.draw(RESULT, figures.draw_half_precision, "half_precision.png")
 
 
 def compare(full: np.ndarray, half: np.ndarray, shown: int) -> dict:

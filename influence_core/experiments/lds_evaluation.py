@@ -23,7 +23,7 @@ from influence_core.experiments.lds import (
 )
 from influence_core.experiments.retraining import Experiment
 from influence_core.experiments.score_sources import load_all_scores
-from influence_core.storage import require_writable, write_json
+from influence_core.storage import write_json
 
 RESULT = "lds.json"
 
@@ -38,8 +38,7 @@ def _evaluate(task_class: type[ExampleTask], arguments) -> None:
     stored = load_all_scores(arguments.scores, experiment)
     scores = {name: each.matrix for name, each in stored.items()}
     shown = check_size(arguments, "show_query", len(experiment.query_dataset) - 1, "last query's number")
-    for directory in (experiment.output_dir, Path(arguments.figure_dir)):
-        require_writable(directory)
+    experiment.require_writable()
     masks, measurements = ground_truth(experiment)
     if not experiment.is_main:
         return
@@ -61,8 +60,7 @@ def _evaluate(task_class: type[ExampleTask], arguments) -> None:
         first,
     )
     print(f"\n{described}\n{table(result)}\n")
-    figure = figures.draw_lds(experiment.output_dir / RESULT, Path(arguments.figure_dir) / "lds.png")
-    print(f"Stored in {experiment.output_dir / RESULT}, drawn in {figure}")
+    experiment.draw(RESULT, figures.draw_lds, "lds.png")
 
 
 def ground_truth(experiment: Experiment) -> tuple[np.ndarray, np.ndarray]:

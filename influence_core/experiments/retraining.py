@@ -1,7 +1,7 @@
 """Train again on a part of the training set, as the checkpoint was trained, and measure the queries."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from influence_core.experiments.bank import Retraining, RetrainingBank
 from influence_core.experiments.example import ExampleTask
 from influence_core.experiments.fitting import OneDevice, Recipe, evaluate, fit
 from influence_core.fingerprints import dataset_fingerprint, model_fingerprint
-from influence_core.storage import differences
+from influence_core.storage import differences, require_writable
 
 
 class Experiment:
@@ -34,8 +34,7 @@ class Experiment:
         self.task = task_class(**arguments.task)
         self.task.checkpoint_dir = arguments.checkpoint_dir
         self.train_dataset, self.query_dataset = load_datasets(self.task, arguments)
-        self.output_dir = Path(arguments.output_dir)
-
+        self.output_dir, self.figure_dir = Path(arguments.output_dir), Path(arguments.figure_dir)
         self._note_differences()
 
     def _note_differences(self) -> None:
@@ -54,7 +53,7 @@ class Experiment:
         """Of the trained model, as scores name it."""
         return model_fingerprint(self.task.load_model(self.arguments.checkpoint_dir))
 
-    @cached_property
+    @property
     def settings(self) -> dict[str, Any]:
         """The flags, for a stored result."""
         return {key: value for key, value in vars(self.arguments).items() if key not in ("given", "task")}
@@ -68,6 +67,23 @@ class Experiment:
     def datasets(self) -> tuple[Sequence[Any], Sequence[Any]]:
         """(queries, training examples), the axes of scores."""
         return self.query_dataset, self.train_dataset
+
+    @cached_property
+    def dataset_fingerprints(self) -> tuple[str, str]:
+        """Of the queries and the training examples; hashed once, whatever the number of scores."""
+        queries, train = map(dataset_fingerprint, self.datasets)
+        return queries, train
+
+    def require_writable(self) -> None:
+        """Prove that results and figures can be written, before any work; UserError otherwise."""
+        for directory in (self.output_dir, self.figure_dir):
+            require_writable(directory)
+
+    def draw(self, result_name: str, draw: Callable[[Path, Path], Path], figure_name: str) -> None:
+        """Draw the figure of a stored result, and say where both are."""
+        path = self.output_dir / result_name
+        figure = draw(path, self.figure_dir / figure_name)
+        print(f"Stored in {path}, drawn in {figure}")
 
     def retrain(self, retrainings: Sequence[Retraining]) -> list[dict[str, Tensor]]:
         """What was measured after each of them, {name: [queries]}; those that the bank lacks are made."""

@@ -13,7 +13,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from influence_core.errors import UserError
-from influence_core.fingerprints import dataset_fingerprint
 from influence_core.scores.pairwise import SCORES
 from influence_core.storage import StageStore, differences
 
@@ -82,7 +81,7 @@ def _load_own(name: str, path: Path, experiment) -> tuple[np.ndarray, dict[str, 
     store = StageStore(path, "pairwise_scores", {})
     settings = store.manifest()["settings"]
     _check_shape(name, (settings["num_queries"], settings["num_train"]), experiment)
-    queries, train = map(dataset_fingerprint, experiment.datasets)
+    queries, train = experiment.dataset_fingerprints
     expected = {"model": experiment.checkpoint_fingerprint, "train_dataset": train, "query_dataset": queries}
     differing = differences(settings, expected)
     if differing:

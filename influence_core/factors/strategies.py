@@ -98,7 +98,9 @@ class Preconditioner:
             basis, eigenvalues = None, factors.get("lambda_matrix")
             if strategy.in_eigenbasis:
                 vectors = factors["activation_eigenvectors"], factors["gradient_eigenvectors"]
-                basis = made.setdefault(id(vectors[0]), Eigenbasis(layer, *vectors, Precision(dtype, dtype)))
+                if id(vectors[0]) not in made:
+                    made[id(vectors[0])] = Eigenbasis(layer, *vectors, Precision(dtype, dtype))
+                basis = made[id(vectors[0])]
                 if not strategy.needs_lambda:
                     eigenvalues = torch.outer(factors["gradient_eigenvalues"], factors["activation_eigenvalues"])
             if eigenvalues is not None:
