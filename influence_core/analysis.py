@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from influence_core.batches import iterate_batches
+from influence_core.batches import make_batch
 from influence_core.factors.fit import fit_factors, refuse_foreign_factors
 from influence_core.factors.strategies import Damping, find_strategy
 from influence_core.layers import TrackedLayer
@@ -51,8 +51,8 @@ def analyze(
         train_batch_size=min(train_batch_size, len(study.train_dataset)),
         query_batch_size=min(query_batch_size, len(query_dataset)),
         factor_batch_size=min(factor_batch_size, len(study.train_dataset)),
-        train=_probe(study, study.train_dataset, study.fisher_loss, study.layers),
-        query=_probe(study, query_dataset, study.task.measurement, study.layers),
+        train=probe_example(study, study.train_dataset, study.fisher_loss, study.layers),
+        query=probe_example(study, query_dataset, study.task.measurement, study.layers),
         operand_bytes=study.runtime.precision.operand_dtype.itemsize,
         product_bytes=study.runtime.precision.product_dtype.itemsize,
         num_in_eigenbasis=sum(strategy.in_eigenbasis for strategy in strategies),
@@ -60,6 +60,7 @@ def analyze(
         sum_bytes=study.runtime.precision.sum_dtype.itemsize,
         device_type=study.runtime.device.type,
         num_processes=study.runtime.world_size,
+        num_workers=study.runtime.num_workers,
     )
     plan = plan_analysis(study, work, memory_budget)
     factor_stores = {name: fit_factors(study, name, factor_batch_size) for name in strategy_names}
@@ -81,10 +82,23 @@ def plan_analysis(study: Study, work: Work, memory_budget: int | None) -> Plan:
     return plan
 
 
-def _probe(study: Study, dataset: Sequence[Any], loss: LossFunction, layers: list[TrackedLayer]) -> Probe:
-    """What one example takes: by one, and by the same one twice, to tell what more examples would not multiply."""
-    batches = iterate_batches(study.task, dataset, [[0], [0, 0]], study.runtime)
+def probe_example(study: Study, dataset: Sequence[Any], loss: LossFunction, layers: list[TrackedLayer]) -> Probe:
+    """The memory that the longest example takes, and the FLOPs of a mean one.
+
+    Run by one, and by the same one twice, to tell what more examples would not multiply.
+    """
+    lengths = study.lengths(dataset)
+    longest = max(range(len(lengths)), key=lengths.__getitem__)
     with study.gradient_pass(loss, layers) as run:
-        one, two = map(run.probe, batches)
+        one, two = (run.probe(make_batch(study.task, dataset, [longest] * n, study.runtime)) for n in (1, 2))
     num_bytes = two.num_bytes - one.num_bytes
-    return replace(one, num_bytes=num_bytes, fixed_bytes=one.num_bytes - num_bytes)
+    share_of_longest = sum(lengths) / len(lengths) / lengths[longest]
+    return replace(
+        one,
+        num_bytes=num_bytes,
+        fixed_bytes=one.num_bytes - num_bytes,
+        forward_flops=one.forward_flops * share_of_longest,
+        backward_flops=one.backward_flops * share_of_longest,
+        positions={name: count * share_of_longest for name, count in one.positions.items()},
+        active_positions={name: count * share_of_longest for name, count in one.active_positions.items()},
+    )

@@ -15,6 +15,8 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
+BLOCK = 64  # categories that sampling sums up at once
+
 _GOLDEN, _MIX_1, _MIX_2 = map(_signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
@@ -56,10 +58,27 @@ def sample_categorical(weights: Tensor, uniforms: Tensor) -> Tensor:
     Returns:
         [...] int64.
     """
-    cumulative = weights.cumsum(-1)
+    # In two steps, first among blocks of categories, then within one: a sum is much faster than a cumulative sum.
+    num_categories = weights.shape[-1]
+    num_whole = num_categories // BLOCK
+    blocks = weights[..., : num_whole * BLOCK].unflatten(-1, (num_whole, BLOCK)).sum(-1)
+    rest = weights[..., num_whole * BLOCK :].sum(-1, keepdim=True)
+    cumulative = torch.cat([blocks, rest], -1).cumsum(-1)
     thresholds = (uniforms.to(weights.dtype) * cumulative[..., -1]).unsqueeze(-1)
-    labels = torch.searchsorted(cumulative, thresholds, right=True).squeeze(-1)
-    return labels.clamp_(max=weights.shape[-1] - 1)
+    block = _first_above(cumulative, thresholds)
+    before = torch.where(block > 0, cumulative.gather(-1, (block - 1).clamp(min=0)), 0)
+    categories = block * BLOCK + torch.arange(BLOCK, device=weights.device)
+    within = weights.gather(-1, categories.clamp(max=num_categories - 1)) * (categories < num_categories)
+    within = within.cumsum(-1)
+    position = _first_above(within, (thresholds - before).clamp(min=0))
+    return categories.gather(-1, position).squeeze(-1)
+
+
+def _first_above(cumulative: Tensor, thresholds: Tensor) -> Tensor:
+    """[..., 1], the first index whose cumulative weight is above the threshold; where rounding leaves none, the last
+    one that has any weight."""
+    last = torch.searchsorted(cumulative, cumulative[..., -1:].contiguous())
+    return torch.minimum(torch.searchsorted(cumulative, thresholds, right=True), last)
 
 
 class LabelSampler:

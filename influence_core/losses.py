@@ -12,7 +12,8 @@ from torch import Tensor
 from influence_core.labels import sample_categorical
 from influence_core.precision import active_precision
 
-CHUNK_BYTES = 32 << 20  # of one chunk of logits: large enough for a full-speed product, small enough to stay cached
+CHUNK_ROWS = 512  # positions whose logits are held at once: enough for products at full speed
+CHUNK_BYTES = 64 << 20  # of them, at most
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -23,16 +24,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         weight_gradient = torch.zeros_like(weight, dtype=precision.sum_dtype) if ctx.needs_input_grad[1] else None
         loss = hidden.new_zeros((), dtype=precision.sum_dtype)
-        chunk = max(16, CHUNK_BYTES // (weight.shape[0] * loss.element_size()))
+        chunk = min(CHUNK_ROWS, max(16, CHUNK_BYTES // (weight.shape[0] * loss.element_size())))
+        buffer = loss.new_empty(
+            min(chunk, len(hidden)), weight.shape[0]
+        )  # the same memory each time: fresh pages cost like a product
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            logits = precision.matmul(precision.operand(hidden[rows]), operand_weight.t())
+            operands = precision.operand(hidden[rows])
+            logits = precision.matmul(operands, operand_weight.t(), out=buffer[: len(operands)])
             maximum = logits.amax(-1, keepdim=True)
-            weights = logits.sub_(maximum).exp()  # logits are now relative to the maximum
+            target_logit = None if labels is None else logits.gather(-1, labels[rows, None]) - maximum
+            weights = logits.sub_(maximum).exp_()
             total = weights.sum(-1, keepdim=True)
-            target = sample_categorical(weights, uniforms[rows]) if labels is None else labels[rows]
-            target = target.unsqueeze(-1)
-            loss += (total.log() - logits.gather(-1, target)).sum()
+            if labels is None:  # a category is sampled only where its weight is not zero
+                target = sample_categorical(weights, uniforms[rows]).unsqueeze(-1)
+                target_logit = weights.gather(-1, target).log()
+            else:
+                target = labels[rows, None]
+            loss += (total.log() - target_logit).sum()
             if hidden_gradient is None and weight_gradient is None:
                 continue
             logit_gradient = weights.div_(total)  # softmax - onehot

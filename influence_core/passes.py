@@ -31,6 +31,24 @@ class Captured:
     activations: Tensor  # [rows, positions, in], as operands of products
     output_gradients: Tensor  # [rows, positions, out], of the summed loss, as operands of products
     mask: Tensor | None  # [rows, positions] bool, true at real positions; None: all are real
+    active: Tensor | None = None  # [rows, positions] bool, true where there is a gradient; None: nearly everywhere
+    max_active: int = 0  # at most so many are true in a row
+
+    def at_active_positions(self) -> tuple[Tensor, Tensor]:
+        """Activations and output gradients where there is a gradient: all that a per-sample gradient is made of.
+
+        Padding has none, and where the loss reads one position alone, neither has the rest of what the last layers see.
+        """
+        if self.active is None:
+            return self.activations, self.output_gradients
+        num_rows, num_positions = self.active.shape
+        positions = self.active.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : self.max_active]
+        index = positions + num_positions * torch.arange(num_rows, device=positions.device).unsqueeze(1)
+        activations, output_gradients = (
+            x.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape)
+            for x in (self.activations, self.output_gradients)
+        )
+        return activations, output_gradients
 
 
 @dataclass(frozen=True)
@@ -39,9 +57,11 @@ class Probe:
 
     num_bytes: int  # kept between forward and backward, with what is captured
     fixed_bytes: int  # of these, those that more examples in a batch would not multiply
-    forward_flops: int
-    backward_flops: int
-    positions: dict[str, int]  # rows * positions that each layer sees
+    captured_bytes: int  # of all layers' activations and output gradients, as operands of products
+    forward_flops: float
+    backward_flops: float
+    positions: dict[str, float]  # rows * positions that each layer sees
+    active_positions: dict[str, float]  # of these, those that have a gradient
 
 
 class GradientPass:
@@ -102,7 +122,7 @@ class GradientPass:
             parameter.requires_grad_(requires_grad)
         for module, training in zip(self.model.modules(), self.training):
             module.training = training
-        self._forget()
+        self.forget()
         if self.step is not None:
             torch._dynamo.reset()  # what was compiled knows these hooks
 
@@ -123,8 +143,18 @@ class GradientPass:
                 loss, gradients = self._run_eager(batch)
                 self.probe_shapes[shapes] = {name: [x.shape for x in xs] for name, xs in self.outputs.items()}
         captured = {layer.name: self._captured(layer, batch, gradients[layer.name]) for layer in self.layers}
-        self._forget()
+        self.forget()
+        self._find_active_positions(list(captured.values()))
         return loss.detach(), captured
+
+    @staticmethod
+    def _find_active_positions(captured: list[Captured]) -> None:
+        """Note them where they are fewer than nine tenths. On a GPU, this waits for the backward pass, once a batch."""
+        are_active = [_has_gradient(x.output_gradients) for x in captured]
+        counts = torch.stack([active.sum(1).max() for active in are_active]).tolist()
+        for x, active, count in zip(captured, are_active, counts):
+            if count < 0.9 * active.shape[1]:
+                x.active, x.max_active = active, max(count, 1)
 
     def probe(self, batch: Batch) -> "Probe":
         """Run one batch and count what it takes."""
@@ -149,10 +179,15 @@ class GradientPass:
             note(tensor)
         num_bytes = sum(storage.nbytes() for storage in storages.values())
         positions = {name: sum(x[..., 0].numel() for x in calls) for name, calls in self.inputs.items()}
-        self._forget()
-        return Probe(num_bytes, 0, forward_flops, counter.get_total_flops() - forward_flops, positions)
+        self.forget()
+        active = {name: sum(float(_has_gradient(x).sum()) for x in calls) for name, calls in gradients.items()}
+        numbers = sum(positions[layer.name] * (layer.in_features + layer.out_features) for layer in self.layers)
+        captured_bytes = numbers * self.precision.product_dtype.itemsize
+        backward_flops = counter.get_total_flops() - forward_flops
+        return Probe(num_bytes, 0, captured_bytes, forward_flops, backward_flops, positions, active)
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Let go of what a forward pass left behind."""
         self.inputs, self.outputs, self.versions, self.probes = {}, {}, [], None
 
     def _round_input(self, module: nn.Module, arguments: tuple):
@@ -176,7 +211,7 @@ class GradientPass:
         return keep
 
     def _run_eager(self, batch: Batch) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        self._forget()
+        self.forget()
         with self.precision.autocast(next(self.model.parameters()).device):
             loss = self.loss_function(self.model, batch)
         uncalled = [layer.name for layer in self.layers if layer.name not in self.outputs]
@@ -191,7 +226,7 @@ class GradientPass:
         return loss, self._gradients(loss, self.outputs)
 
     def _run_compiled(self, batch: Batch, probe_shapes: dict) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        self._forget()
+        self.forget()
         dtype = self.precision.product_dtype
         device = next(self.model.parameters()).device
         probes = {
@@ -242,6 +277,11 @@ class GradientPass:
             )
             mask = None if mask is None else mask.reshape(num_examples, -1)
         return Captured(activations, output_gradients, mask)
+
+
+def _has_gradient(output_gradients: Tensor) -> Tensor:
+    """[..., out] -> [...] bool, false where all are zero; NaN counts as a gradient."""
+    return ~((output_gradients.amax(-1) == 0) & (output_gradients.amin(-1) == 0))
 
 
 def _lay_out(calls: list[Tensor]) -> Tensor:

@@ -76,10 +76,13 @@ class Precision:
         """x as it enters a product."""
         return x.to(self.operand_dtype).to(self.product_dtype)
 
-    def matmul(self, a: Tensor, b: Tensor) -> Tensor:
-        """a @ b for matrices (or batches of them) that `operand` made, accumulated and returned in sum_dtype."""
+    def matmul(self, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+        """a @ b for matrices (or batches of them) that `operand` made, accumulated and returned in sum_dtype.
+
+        `out`, where given, may be written to and returned.
+        """
         if a.dtype == self.sum_dtype:
-            return a @ b
+            return torch.matmul(a, b, out=out)
         if a.is_cuda:
             product = torch.mm if a.dim() == 2 else torch.bmm
             return product(a, b, out_dtype=self.sum_dtype)

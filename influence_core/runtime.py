@@ -4,9 +4,11 @@ import os
 import random
 import resource
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +18,8 @@ from tqdm import tqdm
 
 from influence_core.errors import UserError
 from influence_core.precision import Precision
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -105,10 +109,39 @@ class Runtime:
         if self.world_size > 1:
             dist.barrier()
 
+    def send(self, tensor: Tensor) -> Tensor:
+        """A tensor of the CPU on the device; pinned on the way, so that no one waits for what the device is doing."""
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
     def synchronize(self) -> None:
         """Wait until the device has done what it was given (for timing)."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    def release_cached_memory(self) -> None:
+        """Give back what the allocator keeps for later, after an allocation failed."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @property
+    def num_workers(self) -> int:
+        """How many small jobs of linear algebra run at once: one thread does them nearly as fast as several."""
+        return min(4, torch.get_num_threads()) if self.device.type == "cpu" else 1
+
+    def map_parallel(self, function: Callable[[Item], Result], items: list[Item]) -> Iterator[Result]:
+        """The results in order, `num_workers` at a time, each with its part of the threads."""
+        num_workers, num_threads = self.num_workers, torch.get_num_threads()
+        if num_workers == 1:
+            yield from map(function, items)
+            return
+        executor = ThreadPoolExecutor(
+            num_workers, initializer=torch.set_num_threads, initargs=(num_threads // num_workers,)
+        )
+        try:
+            yield from executor.map(function, items)
+        finally:
+            executor.shutdown(cancel_futures=True)
+            torch.set_num_threads(num_threads)  # the workers' setting reaches the whole process
 
     def used_memory(self) -> int:
         """Bytes this process holds on its device now."""
@@ -121,7 +154,8 @@ class Runtime:
         """Bytes this process has held on its device at most."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        with open("/proc/self/status") as status:  # getrusage would count what a parent process held before this one
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 
     def free_memory(self) -> int:
         """Bytes that this process may still take: 90 % of what is free, shared among the processes of a machine."""
@@ -130,6 +164,11 @@ class Runtime:
             return int(0.9 * (torch.cuda.mem_get_info(self.device)[0] + cached))
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if self.world_size > 1 else 1
         return int(0.9 * _free_system_memory() / local_processes)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch could not get the memory that it asked for, on any device."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _free_system_memory() -> int:

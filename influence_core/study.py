@@ -10,16 +10,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from influence_core.batches import iterate_batches
+from influence_core.batches import make_batch, order_examples
 from influence_core.errors import UserError
 from influence_core.fingerprints import dataset_fingerprint, model_fingerprint
 from influence_core.labels import LabelSampler
 from influence_core.layers import TrackedLayer, find_tracked_layers
 from influence_core.passes import Captured, GradientPass, LossFunction
 from influence_core.profiler import Profiler
-from influence_core.runtime import Runtime
+from influence_core.runtime import Runtime, is_out_of_memory
 from influence_core.storage import StageStore
-from influence_core.task import EXAMPLE_INDEX, Batch, InfluenceTask
+from influence_core.task import Batch, InfluenceTask
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Study:
     def __post_init__(self):
         self.output_dir = Path(self.output_dir)
         self.profiler = Profiler(self.runtime)
-        self.pending: list[tuple[Tensor, Tensor, str]] = []  # losses not looked at yet: (loss, examples, what)
+        self.pending: list[tuple[Tensor, list[int], str]] = []  # losses not looked at yet: (loss, examples, what)
         self.computed: set[Path] = set()  # manifests of the stages that this process went through
         self.planned_memory: int | None = None  # bytes at the peak, once there is a plan
         self.planned_flops: dict[str, float] = {}  # by stage
@@ -106,31 +106,63 @@ class Study:
             rows_per_example=self.task.rows_per_example,
         )
 
+    def lengths(self, dataset: Sequence[Any]) -> list[int]:
+        """Of each example, as the task counts them."""
+        return [self.task.length(example) for example in dataset]
+
+    @cached_property
+    def train_order(self) -> list[int]:
+        """The training examples of this process, in the order in which every pass takes them."""
+        return order_examples(self.lengths(self.train_dataset), self.runtime)
+
     def captures(
-        self, run: GradientPass, dataset: Sequence[Any], batches: list[list[int]], what: str
-    ) -> Iterator[tuple[Batch, dict[str, Captured]]]:
-        """Run the batches; each loss is checked.
+        self, run: GradientPass, dataset: Sequence[Any], order: list[int], batch_size: int, what: str
+    ) -> Iterator[tuple[list[int], dict[str, Captured]]]:
+        """Run the examples in this order, batch by batch: (indices of the batch, what was captured).
+
+        A batch that finds too little memory is halved, and so are all after it. Each loss is checked.
 
         Raises:
-            UserError: the loss of a batch is NaN or infinite.
+            UserError: a single example does not fit; the loss of a batch is NaN or infinite.
         """
-        for batch in iterate_batches(self.task, dataset, batches, self.runtime):
-            loss, captured = run(batch)
-            self.pending.append((loss, batch[EXAMPLE_INDEX], what))
+        done = 0
+        while done < len(order):
+            indices = order[done : done + batch_size]
+            result = self._run_if_it_fits(run, make_batch(self.task, dataset, indices, self.runtime))
+            if result is None:
+                if len(indices) == 1:
+                    raise UserError(f"out of memory with a single example in a batch (the {what} of {indices[0]})")
+                batch_size = len(indices) // 2
+                self.runtime.print(f"Out of memory with {len(indices)} examples in a batch: going on with {batch_size}")
+                self.runtime.release_cached_memory()
+                continue
+            loss, captured = result
+            self.pending.append((loss, indices, what))
             # Reading a loss waits for the device, so on a GPU they are read in bunches.
             if self.runtime.device.type == "cpu" or len(self.pending) == 32:
                 self.check_losses()
-            yield batch, captured
+            done += len(indices)
+            del result, loss  # so that what was captured is gone when its consumer is done with it
+            yield indices, captured
         self.check_losses()
+
+    @staticmethod
+    def _run_if_it_fits(run: GradientPass, batch: Batch) -> tuple[Tensor, dict[str, Captured]] | None:
+        try:
+            return run(batch)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            run.forget()
+            return None
 
     def check_losses(self) -> None:
         """Raise UserError if a loss since the last look is NaN or infinite; to be called before anything is stored."""
         pending, self.pending = self.pending, []
         for loss, examples, what in pending:
             if not loss.isfinite():
-                first, last = int(examples[0]), int(examples[-1])
                 raise UserError(
-                    f"the {what} of the batch of examples {first} to {last} is {float(loss)}: look at these examples "
+                    f"the {what} of the batch of examples {_listed(examples)} is {float(loss)}: look at these examples "
                     "and at the checkpoint (a diverged training run?)"
                 )
 
@@ -166,6 +198,13 @@ class Study:
 
     def progress_clock(self) -> "ProgressClock":
         return ProgressClock(self.progress_interval)
+
+
+def _listed(examples: list[int]) -> str:
+    """Indices as a person reads them, a run of them as "3 to 7"."""
+    if len(examples) > 1 and examples == list(range(examples[0], examples[-1] + 1)):
+        return f"{examples[0]} to {examples[-1]}"
+    return ", ".join(map(str, sorted(examples)))
 
 
 class ProgressClock:

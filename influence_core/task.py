@@ -58,6 +58,13 @@ class InfluenceTask(ABC):
     def tracked_layer_names(self, model: nn.Module) -> list[str]:
         """Names (as in model.named_modules()) of the layers whose parameters the influence is taken over."""
 
+    def length(self, example: Any) -> int:
+        """How many positions the example takes without padding: examples of like length share a batch.
+
+        By default all are alike, which is right where nothing is padded. It changes time and memory, not results.
+        """
+        return 1
+
     def position_mask(self, batch: Batch, layer_name: str) -> Tensor | None:
         """[rows, positions] of the layer's own input stream, true at real positions; None: all are real."""
         return None

@@ -122,6 +122,9 @@ class SwagTask(PretrainedTask):
             for number, question in enumerate(questions)
         ]
 
+    def length(self, example):
+        return max(map(len, example["input_ids"]))
+
     def collate(self, examples):
         """Rows padded to the longest of the batch: what is padding changes no score."""
         longest = max(len(row) for example in examples for row in example["input_ids"])

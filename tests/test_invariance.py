@@ -3,6 +3,8 @@
 Factors are compared as what they recompose (Q w Q^T, Q Lambda Q^T), never as eigenvectors.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -50,6 +52,18 @@ def test_how_many_gradients_are_held_at_once_does_not_matter(tmp_path, monkeypat
     monkeypatch.setattr(pairwise, "gradient_chunk", lambda *_: chunk)
     scores = score_tiny(tmp_path)
     assert_same_numbers(plain, scores, recomposed_factors(tmp_path))
+
+
+@pytest.mark.parametrize("scored_at_once, chunk", [(14, 100), (35, 4), (64, 9), (64, 100)])
+def test_how_many_examples_are_scored_at_once_does_not_matter(tmp_path, monkeypatch, plain, scored_at_once, chunk):
+    """Two batches of 7 held until they are scored together, five, and all; in chunks that cut through batches."""
+
+    def make_plan(*arguments):
+        return replace(planning.make_plan(*arguments), scored_at_once=scored_at_once)
+
+    monkeypatch.setattr(analysis, "make_plan", make_plan)
+    monkeypatch.setattr(pairwise, "gradient_chunk", lambda *_: chunk)
+    assert_same_numbers(plain, score_tiny(tmp_path), recomposed_factors(tmp_path))
 
 
 def test_padding_does_not_matter(tmp_path, plain):
@@ -154,13 +168,14 @@ def test_the_memory_budget_does_not_matter(tmp_path, monkeypatch, plain):
     monkeypatch.setattr(analysis, "make_plan", make_plan)
     monkeypatch.setattr(Runtime, "used_memory", lambda self: 0)
     monkeypatch.setattr(planning, "CHUNK_BYTES", 0)  # the logits' share would dwarf this model
+    small = {"factor_batch_size": 1, "query_batch_size": 1, "train_batch_size": 2}  # so that a batch is not the most
     budget = 1000
     while not plans or plans[-1].num_passes > 1:
         assert budget < 1_000_000
-        budget = int(budget * 1.2)
+        budget = int(budget * 1.1)
         directory = tmp_path / str(budget)
         try:
-            scores = score_tiny(directory, memory_budget=budget)
+            scores = score_tiny(directory, memory_budget=budget, **small)
         except UserError as error:
             assert not plans and "memory is too little" in str(error)
             continue

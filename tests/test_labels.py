@@ -103,9 +103,10 @@ def test_a_large_vocabulary_has_its_last_category():
     assert labels.max() <= 50256 and labels.min() > 50200
 
 
-def test_labels_equal_those_of_the_reference():
-    """Inverse CDF by a search in a cumulative sum against a plain loop in float64."""
-    logits = torch.randn(300, 9, generator=generator()).double() * 3
+@pytest.mark.parametrize("num_categories", [1, 9, 64, 65, 128, 200])
+def test_labels_equal_those_of_the_reference(num_categories):
+    """Inverse CDF by two searches, among blocks of 64 categories and within one, against a plain loop in float64."""
+    logits = torch.randn(300, num_categories, generator=generator()).double() * 3
     uniforms = counter_uniforms(2, torch.arange(300), 1)[:, 0]
     expected = [reference.sampled_label(row, u) for row, u in zip(logits, uniforms.tolist())]
     assert LabelSampler(2).sample(logits, uniforms).tolist() == expected

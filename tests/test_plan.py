@@ -1,11 +1,13 @@
 """The plan of passes: what it splits, what it promises to cost, and that the passes made are those planned."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from influence_core.analysis import _probe, analyze
+from influence_core.analysis import analyze, probe_example
 from influence_core.errors import UserError
 from influence_core.layers import find_tracked_layers
 from influence_core.passes import Probe
@@ -30,7 +32,8 @@ def layers():
 
 
 def work(**changes):
-    probe = Probe(1 << 20, 0, FORWARD, BACKWARD, {str(index): POSITIONS for index in range(NUM_LAYERS)})
+    positions = {str(index): POSITIONS for index in range(NUM_LAYERS)}
+    probe = Probe(1 << 20, 0, 1 << 40, FORWARD, BACKWARD, positions, positions)
     sizes = {"num_train": NUM_TRAIN, "num_queries": NUM_QUERIES, "num_strategies": 1}
     sizes |= {"train_batch_size": 2, "query_batch_size": 2, "factor_batch_size": 2}
     needs = {"operand_bytes": 4, "product_bytes": 4, "num_in_eigenbasis": 1, "num_with_lambda": 1}
@@ -65,6 +68,19 @@ def test_layers_are_split_before_queries():
     assert (len(split.layer_groups), len(split.query_tiles)) == (2, 1)
     assert [len(group) for group in split.layer_groups] == [3, 3] and covers(split)
     assert split.resident_bytes == whole.resident_bytes / 2
+
+
+def test_batches_are_scored_together_where_that_takes_little():
+    """64 examples where memory is plenty; fewer near the budget or where they would take more than the queries do."""
+    small = replace(work().train, captured_bytes=1 << 10)
+    plan = make_plan(layers(), work(train=small), 1 << 40)
+    assert plan.scored_at_once == 64
+    assert make_plan(layers(), work(train=small), peak(plan)).scored_at_once == 64
+    fewer = make_plan(layers(), work(train=small), peak(plan) - 1)
+    assert 2 < fewer.scored_at_once < 64 and peak(fewer) < peak(plan)
+    large = replace(small, captured_bytes=plan.resident_bytes // 40)
+    assert make_plan(layers(), work(train=large), 1 << 40).scored_at_once == 12  # 10 more than a batch has
+    assert make_plan(layers(), work(train=small, train_batch_size=80), 1 << 40).scored_at_once < 80  # each batch alone
 
 
 @pytest.mark.parametrize("num_strategies", [1, 3])
@@ -193,5 +209,5 @@ def test_planned_passes_are_made(tmp_path):
 def test_the_probe_counts_the_same_each_time(tmp_path):
     """Processes agree on one plan because they count alike; memory freed and taken again must not be counted once."""
     study = make_study(tmp_path)
-    probes = [_probe(study, study.train_dataset, study.fisher_loss, study.layers) for _ in range(200)]
+    probes = [probe_example(study, study.train_dataset, study.fisher_loss, study.layers) for _ in range(200)]
     assert len({(probe.num_bytes, probe.fixed_bytes) for probe in probes}) == 1

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from influence_core import analysis
-from influence_core.batches import plan_batches
+from influence_core.batches import order_examples
 from influence_core.runtime import Runtime
 from influence_core.scores import plan as planning
 from influence_core.storage import require_writable
@@ -157,11 +157,10 @@ def test_the_output_directory_may_be_tried_by_several_processes_at_once(tmp_path
 @pytest.mark.parametrize("num_examples", [0, 1, 2, 7, 40])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 def test_every_example_belongs_to_one_process(num_examples, world_size):
-    """Shares cover the examples in order, once each, and differ by one at most."""
-    shares = []
-    for rank in range(world_size):
-        batches = plan_batches(num_examples, 3, Runtime(rank=rank, world_size=world_size))
-        assert all(1 <= len(batch) <= 3 for batch in batches)
-        shares.append([index for batch in batches for index in batch])
-    assert [index for share in shares for index in share] == list(range(num_examples))
+    """Shares cover the examples, once each, differ by one at most, and begin with their longest."""
+    lengths = [index * 7 % 5 for index in range(num_examples)]
+    shares = [order_examples(lengths, Runtime(rank=rank, world_size=world_size)) for rank in range(world_size)]
+    assert [index for share in shares for index in sorted(share)] == list(range(num_examples))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    for share in shares:
+        assert [lengths[index] for index in share] == sorted((lengths[index] for index in share), reverse=True)

@@ -63,6 +63,9 @@ class TinyTask(InfluenceTask):
             examples.append({"tokens": tokens, "labels": labels})
         return examples if indices is None else [examples[i] for i in indices]
 
+    def length(self, example):
+        return len(example["tokens"])
+
     def collate(self, examples, longest=None):
         longest = longest or max(len(example["tokens"]) for example in examples)
 

@@ -14,7 +14,9 @@ from influence_core.passes import Captured
 from influence_core.precision import Precision
 from influence_core.storage import Tensors
 
-SMALLEST_BLOCK = 256  # of a covariance: smaller products are slower than what symmetry saves
+# Widths of the blocks of a covariance: of smaller ones the products are slower than what symmetry saves, larger ones
+# save less of it.
+SMALLEST_BLOCK, LARGEST_BLOCK = 128, 512
 
 
 def add_second_moment(total: Tensor, rows: Tensor, precision: Precision) -> None:
@@ -26,7 +28,7 @@ def add_second_moment(total: Tensor, rows: Tensor, precision: Precision) -> None
     Cost: between half and all of 2 positions d^2 FLOPs.
     """
     d = rows.shape[1]
-    block = max(SMALLEST_BLOCK, -(-d // 4))
+    block = min(max(SMALLEST_BLOCK, -(-d // 4)), LARGEST_BLOCK)
     for start in range(0, d, block):
         end = min(start + block, d)
         precision.add_matmul(total[start:end, start:], rows[:, start:end].t(), rows[:, start:])
@@ -53,12 +55,13 @@ class CovarianceSums:
 
     def update(self, layer: TrackedLayer, captured: Captured) -> None:
         """Add one batch of one layer; positions that the mask excludes count for nothing."""
-        if captured.mask is None:
-            activations = captured.activations.flatten(0, 1)
-            output_gradients = captured.output_gradients.flatten(0, 1)
-        else:
-            activations = captured.activations[captured.mask]
-            output_gradients = captured.output_gradients[captured.mask]
+        activations, output_gradients = captured.activations, captured.output_gradients
+        mask, active = captured.mask, captured.active
+        if active is not None and mask is not None:
+            active = active & mask
+        activations = activations.flatten(0, 1) if mask is None else activations[mask]
+        active = mask if active is None else active
+        output_gradients = output_gradients.flatten(0, 1) if active is None else output_gradients[active]
         total = self.tensors[f"activation.{layer.name}"]
         i = layer.in_features
         add_second_moment(total[:i, :i], activations, self.precision)

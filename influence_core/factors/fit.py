@@ -3,8 +3,8 @@
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
-from influence_core.batches import plan_batches
 from influence_core.factors.covariance import CovarianceSums
 from influence_core.factors.eigendecomposition import eigendecomposition
 from influence_core.factors.lambdas import LambdaSums
@@ -83,33 +83,38 @@ def _perform_eigendecomposition(study: Study, store: StageStore, covariance_stor
         files = {
             f"{kind}_{part}": {} for kind in ("activation", "gradient") for part in ("eigenvalues", "eigenvectors")
         }
-        jobs = [(kind, layer.name) for layer in study.layers for kind in ("activation", "gradient")]
+        sizes = {("activation", layer.name): layer.shape[1] for layer in study.layers}
+        sizes |= {("gradient", layer.name): layer.shape[0] for layer in study.layers}
         # The largest first, dealt out to the processes in turn, so that all finish at about the same time.
-        jobs.sort(key=lambda job: -len(covariances[f"{job[0]}_covariance"][job[1]]))
+        jobs = sorted(sizes, key=lambda job: -sizes[job])
         partition = {"rank": runtime.rank, "world_size": runtime.world_size}
         _, done = store.load_progress(partition) or (0, {})
+        mine = [job for job in jobs[runtime.rank :: runtime.world_size] if _named("eigenvalues", job) not in done]
+
+        def decompose(job: tuple[str, str]) -> tuple[Tensor, Tensor]:
+            return eigendecomposition(covariances[f"{job[0]}_covariance"].pop(job[1]).to(runtime.device))
+
         clock = study.progress_clock()
-        with runtime.progress(len(jobs), "Perform Eigendecomposition", unit="matrix") as bar:
-            for number, (kind, layer_name) in enumerate(jobs):
-                covariance = covariances[f"{kind}_covariance"].pop(layer_name).to(runtime.device)
-                values, vectors = covariance.new_empty(len(covariance)), torch.empty_like(covariance)
-                names = [f"{kind}_eigenvalues.{layer_name}", f"{kind}_eigenvectors.{layer_name}"]
-                if names[0] in done:
-                    values, vectors = (done[name].to(runtime.device) for name in names)
-                elif number % runtime.world_size == runtime.rank:
-                    values, vectors = eigendecomposition(covariance)
-                    done.update(zip(names, (values, vectors)))
-                files[f"{kind}_eigenvalues"][layer_name] = values
-                files[f"{kind}_eigenvectors"][layer_name] = vectors
+        with runtime.progress(len(mine), "Perform Eigendecomposition", unit="matrix") as bar:
+            for job, (values, vectors) in zip(mine, runtime.map_parallel(decompose, mine)):
+                done |= {_named("eigenvalues", job): values, _named("eigenvectors", job): vectors}
                 bar.update()
                 if clock.is_due():
-                    store.save_progress(partition, number + 1, done)
-        for number, (kind, layer_name) in enumerate(jobs):
-            for part in ("eigenvalues", "eigenvectors"):
-                runtime.broadcast(files[f"{kind}_{part}"][layer_name], source=number % runtime.world_size)
+                    store.save_progress(partition, len(done), done)
+        for number, job in enumerate(jobs):
+            for part, shape in (("eigenvalues", (sizes[job],)), ("eigenvectors", (sizes[job], sizes[job]))):
+                tensor = done.get(_named(part, job))
+                tensor = torch.empty(shape, dtype=runtime.precision.sum_dtype) if tensor is None else tensor
+                files[f"{job[0]}_{part}"][job[1]] = tensor = tensor.to(runtime.device)
+                runtime.broadcast(tensor, source=number % runtime.world_size)
     with study.profiler("Save Eigendecomposition"):
         if runtime.is_main:
             store.save(files, {"num_matrices": len(jobs)})
+
+
+def _named(part: str, job: tuple[str, str]) -> str:
+    """What progress calls the "eigenvalues" or "eigenvectors" of a (kind, layer)."""
+    return f"{job[0]}_{part}.{job[1]}"
 
 
 def _fit_lambda(study: Study, store: StageStore, eigendecomposition_store: StageStore | None, batch_size: int) -> None:
@@ -140,31 +145,30 @@ def _fit_lambda(study: Study, store: StageStore, eigendecomposition_store: Stage
 def _accumulate(study: Study, store: StageStore, sums: Sums, batch_size: int, description: str) -> None:
     """One pass over this process's share of the training set, then the sum over processes.
 
-    Progress is noted on the way; a run that was killed goes on there, with the same batches in the same order, and so
-    ends with the same numbers.
+    Progress is noted on the way, as the number of examples done in the order of the pass; a run that was killed goes on
+    there. With the same batch size it makes the same batches, and so ends with the same numbers.
     """
-    runtime = study.runtime
-    batches = plan_batches(len(study.train_dataset), batch_size, runtime)
-    partition = {"rank": runtime.rank, "world_size": runtime.world_size, "batch_size": batch_size}
+    runtime, order = study.runtime, study.train_order
+    partition = {"rank": runtime.rank, "world_size": runtime.world_size}
     done = 0
     progress = store.load_progress(partition)
     if progress is not None:
         done, tensors = progress
         for name, tensor in tensors.items():
             sums.tensors[name].copy_(tensor)
-        runtime.print(f"{description}: going on after {done} of {len(batches)} batches")
+        runtime.print(f"{description}: going on after {done} of {len(order)} sequences")
     clock = study.progress_clock()
-    num_examples, num_done = (sum(map(len, part)) for part in (batches, batches[:done]))
     with (
-        runtime.progress(num_examples, description, initial=num_done) as bar,
+        runtime.progress(len(order), description, initial=done) as bar,
         study.gradient_pass(study.fisher_loss) as run,
     ):
-        captures = study.captures(run, study.train_dataset, batches[done:], "training loss")
-        for step, (_, captured) in enumerate(captures, done):
+        captures = study.captures(run, study.train_dataset, order[done:], batch_size, "training loss")
+        for indices, captured in captures:
             for layer in study.layers:
                 sums.update(layer, captured.pop(layer.name))
-            bar.update(len(batches[step]))
+            done += len(indices)
+            bar.update(len(indices))
             if clock.is_due():
                 study.check_losses()
-                store.save_progress(partition, step + 1, sums.tensors)
+                store.save_progress(partition, done, sums.tensors)
     runtime.all_reduce(sums.tensors.values())

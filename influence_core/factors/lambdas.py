@@ -65,18 +65,19 @@ class LambdaSums:
             }
 
     def update(self, layer: TrackedLayer, captured: Captured) -> None:
-        """Add one batch of one layer. All positions enter: a per-sample gradient is a sum over every one."""
+        """Add one batch of one layer. All positions that have a gradient enter: it is a sum over every one."""
         total = self.tensors[f"lambda.{layer.name}"]
         basis = None if self.bases is None else self.bases[layer.name]
+        activations, output_gradients = captured.at_active_positions()
         if self.post_process is not None:
             # The task may combine rows as it likes, so it gets them all, and whole gradients.
-            gradients = layer.to_matrix(layer.flat_gradients(captured.activations, captured.output_gradients))
+            gradients = layer.to_matrix(layer.flat_gradients(activations, output_gradients))
             gradients = self.post_process(layer.name, gradients)
             self._add_squares(total, gradients.to(total.dtype) if basis is None else basis.rotate(gradients))
             return
         chunk = lambda_chunk(layer, self.precision.sum_dtype.itemsize, total.device.type)
-        for start in range(0, len(captured.activations), chunk):
-            positions = captured.activations[start : start + chunk], captured.output_gradients[start : start + chunk]
+        for start in range(0, len(activations), chunk):
+            positions = activations[start : start + chunk], output_gradients[start : start + chunk]
             if basis is None:
                 gradients = layer.to_matrix(layer.flat_gradients(*positions)).to(total.dtype)
             else:

@@ -103,11 +103,14 @@ class Preconditioner:
                 basis = made[id(vectors[0])]
                 if not strategy.needs_lambda:
                     eigenvalues = torch.outer(factors["gradient_eigenvalues"], factors["activation_eigenvalues"])
+            inverse = None
             if eigenvalues is not None:
                 scale = damping_scale(damping)
-                eigenvalues = (eigenvalues + (damping if scale is None else scale * eigenvalues.mean())).reciprocal()
+                inverse = (eigenvalues + (damping if scale is None else scale * eigenvalues.mean())).reciprocal()
+            if basis is not None:
+                inverse = torch.nn.functional.pad(inverse, (0, basis.num_padding_columns))
             self.bases.append(basis)
-            self.inverses.append(eigenvalues)
+            self.inverses.append(inverse)
 
     def of_positions(self, activations: Tensor, output_gradients: Tensor) -> Iterator[Tensor]:
         """(F + damping)^-1 g for each strategy in turn, of the per-sample gradients g.
@@ -134,6 +137,6 @@ class Preconditioner:
         for basis, inverse in zip(self.bases, self.inverses):
             key = id(basis)
             if key not in made:
-                made[key] = plain() if basis is None else rotated(basis)[..., : self.layer.shape[1]]
+                made[key] = plain() if basis is None else rotated(basis)
             gradients = made[key] if inverse is None else made[key] * inverse
             yield gradients if basis is None else basis.rotate_back(gradients)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from influence_core.batches import plan_batches, share
+from influence_core.batches import order_examples, share
 from influence_core.factors.strategies import Damping, Preconditioner, find_strategy
 from influence_core.fingerprints import dataset_fingerprint
 from influence_core.layers import TrackedLayer
@@ -23,7 +23,6 @@ from influence_core.passes import Captured
 from influence_core.scores.plan import Plan, gradient_chunk
 from influence_core.storage import StageStore, Tensors
 from influence_core.study import Study
-from influence_core.task import EXAMPLE_INDEX
 
 SCORES = "all_modules"  # name of the stored tensor [queries, training examples]
 
@@ -95,9 +94,8 @@ class _PairwiseJob:
         self.study, self.runtime = study, study.runtime
         self.strategy_names, self.factor_stores = strategy_names, factor_stores
         self.query_dataset, self.plan, self.damping = query_dataset, plan, damping
-        self.query_batch_size = query_batch_size
+        self.query_batch_size, self.train_batch_size = query_batch_size, train_batch_size
         self.buffer: Tensor | None = None
-        self.train_batches = plan_batches(len(study.train_dataset), train_batch_size, study.runtime)
         self.columns = share(len(study.train_dataset), study.runtime)  # this process's training examples
         self.scores = torch.zeros(
             len(strategy_names),
@@ -118,33 +116,32 @@ class _PairwiseJob:
             "world_size": runtime.world_size,
             "strategies": self.strategy_names,
             "made_by": made_by,
-            "batches": [len(batch) for batch in self.train_batches],
             "layers": [len(group) for group in plan.layer_groups],
             "queries": [len(tile) for tile in plan.query_tiles],
         }
-        done = 0
+        order = self.study.train_order
+        done = 0  # examples, in the order of the passes
         progress = progress_store.load_progress(partition)
         if progress is not None:
             done, tensors = progress
             self.scores.copy_(tensors["scores"])
-            num_steps = len(self.train_batches) * plan.num_passes
-            runtime.print(f"Compute Pairwise Score: going on after {done} of {num_steps} batches")
+            runtime.print(f"Compute Pairwise Score: going on after {done} of {len(order) * plan.num_passes} sequences")
         clock = self.study.progress_clock()
         passes = [(group, tile) for group in plan.layer_groups for tile in plan.query_tiles]
         for number, (group, tile) in enumerate(passes):
-            first = number * len(self.train_batches)
-            done_here = min(max(done - first, 0), len(self.train_batches))
-            if done_here == len(self.train_batches) and runtime.world_size == 1:
+            first = number * len(order)
+            done_here = min(max(done - first, 0), len(order))
+            if done_here == len(order) and runtime.world_size == 1:
                 continue
             label = f" (pass {number + 1} of {len(passes)})" if len(passes) > 1 else ""
             preconditioners = self._load_preconditioners(group)
             with self.study.profiler("Compute Pairwise Score"):
                 resident = self._preconditioned_queries(group, tile, preconditioners, label)
                 del preconditioners
-                for step in self._training_pass(group, tile, resident, done_here, label):
+                for num_done in self._training_pass(group, tile, resident, done_here, label):
                     if clock.is_due():
                         self.study.check_losses()
-                        progress_store.save_progress(partition, first + step, {"scores": self.scores})
+                        progress_store.save_progress(partition, first + num_done, {"scores": self.scores})
         return self.scores.cpu()
 
     def _load_preconditioners(self, group: list[TrackedLayer]) -> dict[str, Preconditioner]:
@@ -192,81 +189,98 @@ class _PairwiseJob:
             )
             for layer in group
         }  # fmt: skip
-        batches = plan_batches(len(tile), self.query_batch_size, runtime)
-        batches = [[tile[index] for index in batch] for batch in batches]
+        lengths = study.lengths([self.query_dataset[index] for index in tile])
+        order = [tile[index] for index in order_examples(lengths, runtime)]
         with (
-            runtime.progress(sum(map(len, batches)), f"Query gradients{label}") as bar,
+            runtime.progress(len(order), f"Query gradients{label}") as bar,
             study.gradient_pass(study.task.measurement, group) as run,
         ):
-            captures = study.captures(run, self.query_dataset, batches, "measurement")
-            for batch, captured in captures:
-                first = int(batch[EXAMPLE_INDEX][0]) - tile.start
+            captures = study.captures(run, self.query_dataset, order, self.query_batch_size, "measurement")
+            for indices, captured in captures:
+                positions = runtime.send(torch.tensor(indices) - tile.start)
                 for layer in group:
                     preconditioner = preconditioners[layer.name]
                     for rows, gradients in self._preconditioned(layer, preconditioner, captured.pop(layer.name)):
-                        where = slice(first + rows.start, first + rows.stop)
                         for block, matrices in zip(resident[layer.name], gradients):
-                            block[where] = layer.to_flat(matrices)
-                bar.update(len(batch[EXAMPLE_INDEX]))
+                            block[positions[rows]] = layer.to_flat(matrices).to(block.dtype)
+                bar.update(len(indices))
         runtime.all_reduce(resident.values())  # each process filled the rows of its own queries
         return {name: block.flatten(0, 1) for name, block in resident.items()}
 
     def _training_pass(
         self, group: list[TrackedLayer], tile: range, resident: dict[str, Tensor], done: int, label: str
     ):
-        """Add the group's scores, batch by batch; yields the number of batches done."""
-        study, precision = self.study, self.runtime.precision
-        batches = self.train_batches[done:]
-        total = sum(map(len, self.train_batches))
+        """Add the group's scores, batch by batch; yields the number of examples done."""
+        study, runtime, precision = self.study, self.runtime, self.runtime.precision
+        order = study.train_order
         with (
-            self.runtime.progress(
-                total, f"Compute Pairwise Score{label}", initial=total - sum(map(len, batches))
-            ) as bar,
+            runtime.progress(len(order), f"Compute Pairwise Score{label}", initial=done) as bar,
             study.gradient_pass(study.task.train_loss, group) as run,
         ):
-            captures = study.captures(run, study.train_dataset, batches, "training loss")
-            for step, (_, captured) in enumerate(captures, done):
-                indices = self.train_batches[step]
-                first = indices[0] - self.columns.start
-                block = self.scores[:, tile.start : tile.stop, first : first + len(indices)]
+            captures = study.captures(run, study.train_dataset, order[done:], self.train_batch_size, "training loss")
+            held: list[dict[str, Captured]] = []  # batches that wait until there are enough examples for a good product
+            num_held = 0
+            for indices, captured in captures:
+                held.append(captured)
+                num_held += len(indices)
+                if num_held < self.plan.scored_at_once and done + num_held < len(order):
+                    continue
+                # Scores of these examples alone, of all strategies' queries: each layer adds to them in place.
+                block = self.scores.new_zeros(len(self.strategy_names) * len(tile), num_held)
                 for layer in group:
-                    for rows, gradients in self._flat_gradients(layer, captured.pop(layer.name)):
-                        product = precision.matmul(resident[layer.name], gradients.t())
-                        block[:, :, rows] += product.unflatten(0, block.shape[:2])
-                bar.update(len(indices))
-                yield step + 1
+                    for rows, gradients in self._flat_gradients(layer, [batch.pop(layer.name) for batch in held]):
+                        precision.add_matmul(block[:, rows], resident[layer.name], gradients.t())
+                columns = runtime.send(torch.tensor(order[done : done + num_held]) - self.columns.start)
+                self.scores[:, tile.start : tile.stop].index_add_(
+                    2, columns, block.view(len(self.strategy_names), len(tile), num_held)
+                )
+                done += num_held
+                bar.update(num_held)
+                held, num_held = [], 0
+                yield done
 
     def _preconditioned(self, layer: TrackedLayer, preconditioner: Preconditioner, captured: Captured):
         """(rows, an iterator over strategies of [rows, out, in(+1)]), a few rows at a time."""
         if self.study.task.post_processes:
-            for rows, gradients in self._flat_gradients(layer, captured):
+            for rows, gradients in self._flat_gradients(layer, [captured]):
                 yield rows, preconditioner.of_gradients(layer.to_matrix(gradients))
             return
-        for rows in self._chunks(layer, captured):
-            yield rows, preconditioner.of_positions(captured.activations[rows], captured.output_gradients[rows])
+        activations, output_gradients = captured.at_active_positions()
+        for rows in self._chunks(layer, len(activations)):
+            yield rows, preconditioner.of_positions(activations[rows], output_gradients[rows])
 
-    def _chunks(self, layer: TrackedLayer, captured: Captured):
-        """Rows whose gradients are made at once."""
+    def _chunks(self, layer: TrackedLayer, num_examples: int):
+        """Examples whose gradients are made at once."""
         chunk = gradient_chunk(layer, self.runtime.precision.product_dtype.itemsize)
-        for start in range(0, len(captured.activations), chunk):
-            yield slice(start, min(start + chunk, len(captured.activations)))
+        for start in range(0, num_examples, chunk):
+            yield slice(start, min(start + chunk, num_examples))
 
-    def _flat_gradients(self, layer: TrackedLayer, captured: Captured):
-        """(rows, per-sample gradients [rows, parameters] as operands of products), a few at a time."""
-        precision, task = self.runtime.precision, self.study.task
+    def _flat_gradients(self, layer: TrackedLayer, batches: list[Captured]):
+        """(which of all the batches' examples, their gradients [examples, parameters] as operands of products)."""
+        precision, task, first = self.runtime.precision, self.study.task, 0
+        pairs = [captured.at_active_positions() for captured in batches]
         if task.post_processes:
-            gradients = layer.to_matrix(layer.flat_gradients(captured.activations, captured.output_gradients))
-            gradients = layer.to_flat(task.post_process_per_sample_gradient(layer.name, gradients))
-            yield slice(0, len(gradients)), precision.operand(gradients)
+            for activations, output_gradients in pairs:
+                gradients = layer.to_matrix(layer.flat_gradients(activations, output_gradients))
+                gradients = layer.to_flat(task.post_process_per_sample_gradient(layer.name, gradients))
+                yield slice(first, first + len(gradients)), precision.operand(gradients)
+                first += len(gradients)
             return
-        for rows in self._chunks(layer, captured):
-            activations, output_gradients = captured.activations[rows], captured.output_gradients[rows]
-            gradients = layer.flat_gradients(activations, output_gradients, out=self._buffer(layer, activations))
-            yield rows, precision.operand(gradients)
+        for examples in self._chunks(layer, sum(len(activations) for activations, _ in pairs)):
+            gradients, first = self._buffer(layer, pairs[0][0], examples.stop - examples.start), 0
+            for activations, output_gradients in pairs:
+                # The part of this batch that lies in the chunk.
+                start, stop = max(examples.start, first), min(examples.stop, first + len(activations))
+                if start < stop:
+                    rows = slice(start - first, stop - first)
+                    out = gradients[start - examples.start : stop - examples.start]
+                    layer.flat_gradients(activations[rows], output_gradients[rows], out=out)
+                first += len(activations)
+            yield examples, precision.operand(gradients)
 
-    def _buffer(self, layer: TrackedLayer, activations: Tensor) -> Tensor:
-        """[rows, parameters] to write into, the same memory each time: on a CPU, fresh pages cost like a product."""
-        size = len(activations) * layer.num_parameters
+    def _buffer(self, layer: TrackedLayer, like: Tensor, num_examples: int) -> Tensor:
+        """[examples, parameters] to write into, always the same memory: on a CPU, fresh pages cost like a product."""
+        size = num_examples * layer.num_parameters
         if self.buffer is None or self.buffer.numel() < size:
-            self.buffer = activations.new_empty(size)
-        return self.buffer[:size].view(len(activations), layer.num_parameters)
+            self.buffer = like.new_empty(size)
+        return self.buffer[:size].view(num_examples, layer.num_parameters)

@@ -7,7 +7,7 @@ group and makes per-sample gradients of the group alone, while a pass for a tile
 For two parts the count is, with P parameters and T positions, an example: 9 PT by layers against 12 PT by queries.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from influence_core.errors import UserError
 from influence_core.factors.lambdas import lambda_chunk
@@ -16,6 +16,7 @@ from influence_core.losses import CHUNK_BYTES
 from influence_core.passes import Probe
 
 GRADIENT_BUFFER_BYTES = 512 << 20  # at most, of the per-sample gradients of a layer made at once
+SCORED_AT_ONCE = 64  # training examples: their products with all resident queries read these only once
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Work:
     sum_bytes: int = 4
     device_type: str = "cpu"
     num_processes: int = 1  # that share the training examples
+    num_workers: int = 1  # eigendecompositions at once
 
     @property
     def num_rows(self) -> int:
@@ -53,6 +55,7 @@ class Plan:
     resident_bytes: int  # of query gradients, the largest pass
     peak_bytes: dict[str, int]  # beyond what is in use before, by stage
     pairwise_flops: float
+    scored_at_once: int = 1  # training examples that are held until they are scored, if a batch has fewer
 
     @property
     def num_passes(self) -> int:
@@ -88,7 +91,18 @@ def make_plan(layers: list[TrackedLayer], work: Work, budget: int, in_use: int =
             if len(groups) == 1:
                 break
         num_tiles += 1
-    return min(plans, key=lambda plan: (plan.pairwise_flops, plan.num_passes))
+    best = min(plans, key=lambda plan: (plan.pairwise_flops, plan.num_passes))
+    return _score_many_at_once(best, work, budget)
+
+
+def _score_many_at_once(plan: Plan, work: Work, budget: int) -> Plan:
+    """Hold several training batches until they are scored together, where that takes little beside the queries."""
+    batch, tile_size = work.train_batch_size, len(plan.query_tiles[0])
+    for at_once in range(SCORED_AT_ONCE // batch * batch, batch, -batch):
+        peak = max(_peaks(group, work, tile_size, at_once)["training pass"] for group in plan.layer_groups)
+        if peak <= budget and (at_once - batch) * work.train.captured_bytes <= plan.resident_bytes / 4:
+            return replace(plan, scored_at_once=at_once, peak_bytes={**plan.peak_bytes, "training pass": peak})
+    return plan
 
 
 def gradient_chunk(layer: TrackedLayer, itemsize: int) -> int:
@@ -122,13 +136,14 @@ def _fill_groups(
     return balanced if balanced is not None and len(balanced) == len(groups) else groups
 
 
-def _peaks(group: list[TrackedLayer], work: Work, tile_size: int) -> dict[str, int]:
+def _peaks(group: list[TrackedLayer], work: Work, tile_size: int, scored_at_once: int = 1) -> dict[str, int]:
     """Bytes beyond what is in use, for the stages that the plan can shape."""
     resident = tile_size * work.num_strategies * sum(layer.num_parameters for layer in group) * work.operand_bytes
     scores = work.num_rows * -(-work.num_train // work.num_processes) * work.sum_bytes
-    logits = 4 * CHUNK_BYTES
+    logits = 3 * CHUNK_BYTES
     buffers = {}
-    for name, size in (("query", work.query_batch_size), ("train", work.train_batch_size)):
+    scored_at_once = max(scored_at_once, work.train_batch_size)
+    for name, size in (("query", work.query_batch_size), ("train", scored_at_once)):
         buffers[name] = max(
             min(size, gradient_chunk(layer, work.product_bytes)) * layer.num_parameters for layer in group
         )
@@ -140,7 +155,10 @@ def _peaks(group: list[TrackedLayer], work: Work, tile_size: int) -> dict[str, i
         + buffers["query"] * (work.product_bytes + 3 * work.sum_bytes)
     )
     train = (
-        work.train_batch_size * work.train.num_bytes + work.train.fixed_bytes + buffers["train"] * work.product_bytes
+        work.train_batch_size * work.train.num_bytes
+        + work.train.fixed_bytes
+        + (scored_at_once - work.train_batch_size) * work.train.captured_bytes
+        + buffers["train"] * work.product_bytes
     )
     return {
         "query gradients": resident + scores + factors + query + logits,
@@ -161,11 +179,11 @@ def fit_peaks(layers: list[TrackedLayer], work: Work) -> dict[str, int]:
     """Bytes beyond what is in use, of the factor stages."""
     peaks = {}
     squares = sum(size * size for layer in layers for size in layer.shape) * work.sum_bytes
-    batch = work.factor_batch_size * work.train.num_bytes + work.train.fixed_bytes + 4 * CHUNK_BYTES
+    batch = work.factor_batch_size * work.train.num_bytes + work.train.fixed_bytes + 3 * CHUNK_BYTES
     if work.num_in_eigenbasis:
         peaks["covariance"] = squares + batch
         largest = max(max(layer.shape) for layer in layers)
-        peaks["eigendecomposition"] = squares + 5 * 8 * largest**2
+        peaks["eigendecomposition"] = squares + work.num_workers * 5 * 8 * largest**2
     if work.num_with_lambda:
         lambda_matrices = sum(layer.num_parameters for layer in layers) * work.sum_bytes
         buffer = work.sum_bytes * max(
@@ -181,13 +199,17 @@ def fit_flops(layers: list[TrackedLayer], work: Work) -> dict[str, float]:
     one_pass = work.train.forward_flops + work.train.backward_flops
     flops = {}
     if work.num_in_eigenbasis:
-        products = sum(work.train.positions[layer.name] * sum(d * d for d in layer.shape) for layer in layers)
+        products = sum(
+            work.train.positions[layer.name] * layer.shape[1] ** 2
+            + work.train.active_positions[layer.name] * layer.shape[0] ** 2
+            for layer in layers
+        )
         flops["covariance"] = work.num_train * (one_pass + products)  # half of 2 t d^2, by symmetry
         flops["eigendecomposition"] = 9.0 * sum(d**3 for layer in layers for d in layer.shape)
     if work.num_with_lambda:
         products = 0
         for layer in layers:
-            products += 2 * work.train.positions[layer.name] * layer.num_parameters
+            products += 2 * work.train.active_positions[layer.name] * layer.num_parameters
             products += _rotation_flops(layer, work.train) * bool(work.num_in_eigenbasis)
         flops["lambda"] = work.num_train * (one_pass + products)
     return flops
@@ -200,7 +222,7 @@ def plan_flops(plan: Plan, layers: list[TrackedLayer], work: Work) -> dict[str, 
 
 def _rotation_flops(layer: TrackedLayer, probe: Probe) -> float:
     """Of one example's gradient into the eigenbasis."""
-    (o, i), t = layer.shape, probe.positions[layer.name]
+    (o, i), t = layer.shape, probe.active_positions[layer.name]
     return min(2 * t * (o * o + i * i), 2 * o * i * (o + i))
 
 
@@ -212,7 +234,7 @@ def _cost(groups: list[list[TrackedLayer]], tiles: list[range], layers: list[Tra
         flops, below = 0.0, 0
         for group in groups:
             flops += probe.forward_flops + probe.backward_flops * (1 - below / parameters)
-            flops += sum(2 * probe.positions[layer.name] * layer.num_parameters for layer in group)
+            flops += sum(2 * probe.active_positions[layer.name] * layer.num_parameters for layer in group)
             below += sum(layer.num_parameters for layer in group)
         return flops
 

@@ -1,6 +1,7 @@
 """Side by side with kronfluence 1.0.1: same weights, tokens and labels; agreement, then time and memory by stage.
 
     python -m tests.benchmarks.compare_with_kronfluence --setting A
+    python -m tests.benchmarks.compare_with_kronfluence --setting C --repeats 5
     python -m tests.benchmarks.compare_with_kronfluence --checkpoint_dir DIR --num_train 256 --num_queries 64
 
 First both systems run once with the same labels, and factors and scores are compared. Then both run `--repeats` times
@@ -9,8 +10,9 @@ of `--peer_query_batch_sizes` (0: all queries in one, its best). `floor` is what
 backward passes alone, timed in the same run, and its counted products at the measured rate of a large product. Peak
 memory is that of a fresh process for each system, with all queries in one batch of the peer.
 
-Without a checkpoint of wikitext_gpt2/train.py it is a GPT-2 of `--config_overrides` with random weights. Both get the
-same model object, and so the same activation kernel.
+Without a checkpoint of train.py the model is of `--config_overrides` with random weights. Both get the same model
+object, and so the same activation kernel. In setting C the peer's rows are padded to 128 tokens, as in the example
+that the setting follows; ours are padded to the longest of their batch.
 """
 
 import argparse
@@ -21,6 +23,7 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
+from influence_core.experiments.demo_corpus import DEMO_CORPUS
 from influence_core.runtime import Runtime
 from tests.benchmarks.peer import Peer
 from tests.benchmarks.systems import (
@@ -29,27 +32,38 @@ from tests.benchmarks.systems import (
     make_setting,
     matrix_product_peak,
     run_ours,
-    sample_all_labels,
 )
-from wikitext_gpt2.task import WikiTextTask
+from tests.benchmarks.tasks import BENCHMARKED
 
 GPT2 = "n_head={},n_layer={},n_embd={},n_positions={}"
 SETTINGS = {
     "A": {
-        "config_overrides": GPT2.format(4, 4, 256, 128), "vocab_size": 8192, "block_size": 128, "num_train": 256,
-        "num_queries": 128,
+        "task": "wikitext_gpt2", "dataset_name_or_path": DEMO_CORPUS, "vocab_size": 8192, "block_size": 128,
+        "config_overrides": GPT2.format(4, 4, 256, 128), "num_train": 256, "num_queries": 128,
     },
     "B": {
-        "config_overrides": GPT2.format(12, 2, 768, 256) + ",vocab_size=50257", "vocab_size": 8192, "block_size": 256,
-        "num_train": 48, "num_queries": 16,
+        "task": "wikitext_gpt2", "dataset_name_or_path": DEMO_CORPUS, "vocab_size": 8192, "block_size": 256,
+        "config_overrides": GPT2.format(12, 2, 768, 256) + ",vocab_size=50257", "num_train": 48, "num_queries": 16,
+    },
+    "C": {
+        "task": "swag_roberta", "dataset_name_or_path": "../shared/data/swag", "dataset_config": "regular",
+        "tokenizer_name_or_path": "../shared/models/roberta-tokenizer", "max_length": 128,
+        "config_overrides": "num_hidden_layers=4,hidden_size=256,num_attention_heads=4,intermediate_size=1024",
+        "num_train": 256, "num_queries": 64,
     },
 }  # fmt: skip
 
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    WikiTextTask.add_arguments(parser)
-    parser.add_argument("--setting", choices=SETTINGS, help="sizes of the settings that the README reports")
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--setting", choices=SETTINGS, default="A", help="sizes that the README reports; flags override")
+    first.add_argument("--task", choices=BENCHMARKED)
+    chosen, _ = first.parse_known_args()
+    defaults = SETTINGS[chosen.setting]
+    parser = argparse.ArgumentParser(
+        parents=[first], description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    BENCHMARKED[chosen.task or defaults["task"]].add_arguments(parser)
     parser.add_argument("--checkpoint_dir")
     parser.add_argument("--num_train", type=int)
     parser.add_argument("--num_queries", type=int)
@@ -65,10 +79,7 @@ def parse():
     parser.add_argument("--seed", type=int, default=1004)
     parser.add_argument("--out", type=Path, default=Path("benchmark_results/compare_with_kronfluence.json"))
     parser.add_argument("--peak_memory_of", choices=["ours", "theirs"], help=argparse.SUPPRESS)
-    parser.set_defaults(dataset_name_or_path="pydoc_data.topics", **SETTINGS["A"])
-    chosen, _ = parser.parse_known_args()
-    if chosen.setting:
-        parser.set_defaults(**SETTINGS[chosen.setting])
+    parser.set_defaults(**defaults)
     return parser.parse_args()
 
 
@@ -77,8 +88,8 @@ def main():
     with tempfile.TemporaryDirectory() as directory:
         setting = make_setting(arguments, Path(directory))
         peer = Peer(
-            setting.model, setting.task.tracked_layer_names(setting.model), setting.directory / "peer",
-            arguments.strategy, arguments.damping, arguments.half, arguments.compile,
+            setting.task, setting.model, setting.directory / "peer", arguments.strategy, arguments.damping,
+            arguments.half, arguments.compile,
         )  # fmt: skip
         if arguments.peak_memory_of:
             print(measure_peak(arguments, setting, peer))
@@ -102,7 +113,7 @@ def main():
 
 def compare_scores(arguments, setting, peer):
     """Factors and scores of both systems from the same labels."""
-    labelled = sample_all_labels(setting.model, setting.train, arguments.seed)
+    labelled = setting.task.sample_all_labels(setting.model, setting.train, arguments.seed)
     ours = run_ours(arguments, setting, labelled)
     peer.task.online = False
     peer.fit(labelled, arguments.factor_batch_size)

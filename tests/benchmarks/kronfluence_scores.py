@@ -13,11 +13,12 @@ from influence_core.experiments.arguments import COMMON_DEFAULTS, read_training_
 from influence_core.factors.strategies import HEURISTIC
 from influence_core.storage import write_tensors
 from tests.benchmarks.peer import Peer
-from tests.benchmarks.systems import TASK_FLAGS, FixedLabelsTask, sample_all_labels
+from tests.benchmarks.tasks import BENCHMARKED
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=BENCHMARKED, default="wikitext_gpt2")
     parser.add_argument("--checkpoint_dir", required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--num_queries", type=int, required=True)
@@ -25,14 +26,15 @@ def main():
     parser.add_argument("--seed", type=int, default=COMMON_DEFAULTS["seed"])
     arguments = parser.parse_args()
     record = read_training_record(arguments.checkpoint_dir)
-    task = FixedLabelsTask(**{flag: record.get(flag) for flag in TASK_FLAGS})
+    task_class = BENCHMARKED[arguments.task]
+    task = task_class(**{flag: record.get(flag) for flag in task_class.flag_names()})
     model = task.load_model(arguments.checkpoint_dir).eval()
     train = task.load_dataset("train")[: record["num_train"]]
-    train = sample_all_labels(model, train, arguments.seed)
+    train = task.sample_all_labels(model, train, arguments.seed)
     queries = task.load_dataset("validation", range(arguments.num_queries))
     peer_damping = None if arguments.damping == HEURISTIC else float(arguments.damping)  # None is its word for it
     with tempfile.TemporaryDirectory() as directory:
-        peer = Peer(model, task.tracked_layer_names(model), Path(directory), "ekfac", peer_damping, False, False)
+        peer = Peer(task, model, Path(directory), "ekfac", peer_damping, False, False)
         peer.task.online = False
         peer.fit(train, batch_size=64)
         _, scores = peer.score(queries, train, query_batch_size=64, train_batch_size=64)

@@ -1,13 +1,11 @@
-"""kronfluence 1.0.1 on the WikiText task, set up as its own example does: the peer that the benchmarks compare with."""
+"""kronfluence 1.0.1, run stage by stage: the peer that the benchmarks compare with."""
 
 import copy
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from kronfluence.analyzer import Analyzer, prepare_model
 from kronfluence.arguments import FactorArguments, ScoreArguments
-from kronfluence.task import Task
 from kronfluence.utils.common.factor_arguments import all_low_precision_factor_arguments
 from kronfluence.utils.common.score_arguments import all_low_precision_score_arguments
 from torch import nn
@@ -32,35 +30,13 @@ def with_linear_layers(model: nn.Module) -> nn.Module:
     return model
 
 
-class PeerTask(Task):
-    """The language-model task of kronfluence's WikiText example; labels sampled online, or read from the batch."""
-
-    def __init__(self, layer_names: list[str]):
-        self.layer_names, self.online = layer_names, True
-
-    def compute_train_loss(self, batch, model, sample=False):
-        logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
-        logits = logits.reshape(-1, logits.size(-1))
-        labels = batch["input_ids"][:, 1:].reshape(-1)
-        if sample and self.online:
-            with torch.no_grad():
-                labels = torch.multinomial(F.softmax(logits.detach(), dim=-1), num_samples=1).flatten()
-        elif sample:
-            labels = batch["sampled_labels"].reshape(-1)
-        return F.cross_entropy(logits, labels, reduction="sum")
-
-    def compute_measurement(self, batch, model):
-        return self.compute_train_loss(batch, model)
-
-    def get_influence_tracked_modules(self):
-        return self.layer_names
-
-
 class Peer:
-    """Runs kronfluence stage by stage."""
+    """Runs kronfluence on one of the tasks in tasks.py."""
 
-    def __init__(self, model, layer_names, directory: Path, strategy: str, damping: float, half: bool, compile: bool):
-        self.task = PeerTask(layer_names)
+    def __init__(self, task, model, directory: Path, strategy: str, damping: float | None, half: bool, compile: bool):
+        """`damping`: None is its word for the heuristic."""
+        self.for_peer = task.for_peer
+        self.task = task.peer_task(task.tracked_layer_names(model))
         model = prepare_model(with_linear_layers(model), self.task)
         if compile:
             model = torch.compile(model)
@@ -76,6 +52,7 @@ class Peer:
         if self.half:
             arguments = all_low_precision_factor_arguments(strategy=self.strategy, dtype=torch.bfloat16)
         self.analyzer.profiler.recorded_durations.clear()
+        train_dataset = list(map(self.for_peer, train_dataset))
         self.analyzer.fit_all_factors(
             "factors", train_dataset, per_device_batch_size=batch_size, factor_args=arguments, overwrite_output_dir=True
         )
@@ -91,8 +68,8 @@ class Peer:
         self.analyzer.compute_pairwise_scores(
             "scores",
             factors_name="factors",
-            query_dataset=query_dataset,
-            train_dataset=train_dataset,
+            query_dataset=list(map(self.for_peer, query_dataset)),
+            train_dataset=list(map(self.for_peer, train_dataset)),
             per_device_query_batch_size=query_batch_size,
             per_device_train_batch_size=train_batch_size,
             score_args=arguments,

@@ -1,4 +1,4 @@
-"""What the benchmarks run: the WikiText task with given labels, our analysis with its timings, and how scores agree."""
+"""What the benchmarks run: model and data of a setting, our analysis with its timings, and how scores agree."""
 
 import time
 from dataclasses import dataclass, field
@@ -11,52 +11,23 @@ from safetensors.torch import load_file
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from influence_core.analysis import _probe, analyze
-from influence_core.batches import plan_batches
+from influence_core.analysis import analyze, probe_example
+from influence_core.batches import order_examples
 from influence_core.experiments.arguments import read_training_record
-from influence_core.labels import LabelSampler
 from influence_core.runtime import Runtime
 from influence_core.study import Study
 from tests.benchmarks.peer import STAGES
-from wikitext_gpt2.task import WikiTextTask
+from tests.benchmarks.tasks import BENCHMARKED, BenchmarkedTask
 
-TASK_FLAGS = WikiTextTask.flag_names()
 PAIRWISE = "Compute Pairwise Score"
 STAGE_OF = {"covariance": "Fit Covariance", "eigendecomposition": "Perform Eigendecomposition", "lambda": "Fit Lambda"}
-
-
-class FixedLabelsTask(WikiTextTask):
-    """The task with labels sampled beforehand, carried by each example."""
-
-    def collate(self, examples):
-        batch = super().collate(examples)
-        if "sampled_labels" in examples[0]:
-            batch["sampled_labels"] = torch.stack([example["sampled_labels"] for example in examples])
-        return batch
-
-    def train_loss(self, model, batch, sample_labels=None):
-        if sample_labels is None or "sampled_labels" not in batch:
-            return super().train_loss(model, batch, sample_labels)
-        return self.next_token_loss(model, batch["input_ids"], batch["sampled_labels"])
-
-
-def sample_all_labels(model, examples, seed):
-    """Each example with "sampled_labels" [positions - 1] from the model's own distribution."""
-    sampler = LabelSampler(seed)
-    labelled = []
-    for index, example in enumerate(examples):
-        with torch.no_grad():
-            logits = model(example["input_ids"][None].to(model.device), use_cache=False).logits[0, :-1]
-        uniforms = sampler.uniforms(torch.tensor([index]), len(logits))[0].to(logits.device)
-        labelled.append({**example, "sampled_labels": sampler.sample(logits, uniforms).cpu()})
-    return labelled
 
 
 @dataclass
 class Setting:
     """Model and data of a comparison, and a directory for what both systems store."""
 
-    task: FixedLabelsTask
+    task: BenchmarkedTask
     model: nn.Module
     train: list
     queries: list
@@ -69,11 +40,13 @@ class Setting:
 
 def make_setting(arguments, directory: Path) -> Setting:
     """From the flags; those of the task come from the checkpoint where there is one."""
+    task_class = BENCHMARKED[arguments.task]
+    flags = task_class.flag_names()
     if arguments.checkpoint_dir:
         record = read_training_record(arguments.checkpoint_dir)
-        vars(arguments).update({flag: record.get(flag) for flag in TASK_FLAGS})
+        vars(arguments).update({flag: record.get(flag) for flag in flags})
     torch.manual_seed(arguments.seed)
-    task = FixedLabelsTask(**{flag: getattr(arguments, flag) for flag in TASK_FLAGS})
+    task = task_class(**{flag: getattr(arguments, flag) for flag in flags})
     model = task.load_model(arguments.checkpoint_dir).to("cuda" if torch.cuda.is_available() else "cpu").eval()
     train, queries = list(task.load_dataset("train")), list(task.load_dataset("validation"))
     queries += train[arguments.num_train :]  # a small corpus has few; time does not depend on which they are
@@ -109,7 +82,7 @@ def run_ours(arguments, setting: Setting, train: list, time_passes: bool = False
     of_train, of_queries = (
         len(data) * (probe.forward_flops + probe.backward_flops)
         for data, loss in ((train, study.fisher_loss), (setting.queries, setting.task.measurement))
-        for probe in [_probe(study, data, loss, study.layers)]
+        for probe in [probe_example(study, data, loss, study.layers)]
     )
     passes = {"Fit Covariance": of_train, "Fit Lambda": of_train, PAIRWISE: of_train + of_queries}
     products = {stage: count - passes.get(stage, 0) for stage, count in flops.items()}
@@ -125,11 +98,11 @@ def run_ours(arguments, setting: Setting, train: list, time_passes: bool = False
 
 def _pass_seconds(study: Study, dataset, loss, batch_size: int) -> float:
     """Forward and backward over the dataset, with nothing done to what is captured."""
-    batches = plan_batches(len(dataset), batch_size, study.runtime)
+    order = order_examples(study.lengths(dataset), study.runtime)
     study.runtime.synchronize()
     start = time.perf_counter()
     with study.gradient_pass(loss) as run:
-        for _ in study.captures(run, dataset, batches, "loss"):
+        for _ in study.captures(run, dataset, order, batch_size, "loss"):
             pass
     study.runtime.synchronize()
     return time.perf_counter() - start

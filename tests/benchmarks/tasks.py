@@ -1,0 +1,140 @@
+"""The examples' tasks as the benchmarks run them: labels sampled beforehand, and the same task as kronfluence has it.
+
+Each class says of one example, beside our own contract: how to sample labels, and what the peer gets to see.
+"""
+
+import torch
+import torch.nn.functional as F
+from kronfluence.task import Task
+from torch import Tensor
+
+from influence_core.labels import LabelSampler
+from swag_roberta.task import SwagTask, negative_margin
+from wikitext_gpt2.task import WikiTextTask
+
+LABELS = "sampled_labels"
+
+
+class BenchmarkedTask:
+    """Added to a task: examples that carry LABELS use them in place of sampled ones."""
+
+    peer_task: type[Task]
+
+    def collate(self, examples):
+        batch = super().collate(examples)
+        if LABELS in examples[0]:
+            batch[LABELS] = torch.stack([example[LABELS] for example in examples])
+        return batch
+
+    def sample_all_labels(self, model, examples, seed) -> list[dict]:
+        """Each example with LABELS from the model's own distribution, drawn as our factors draw them."""
+        sampler, labelled = LabelSampler(seed), []
+        for index, example in enumerate(examples):
+            batch = {key: value.to(model.device) for key, value in self.collate([example]).items()}
+            with torch.no_grad():
+                logits = self.all_logits(model, batch)
+            uniforms = sampler.uniforms(torch.tensor([index]), logits[..., 0].numel()).view(logits.shape[:-1])
+            labelled.append({**example, LABELS: sampler.sample(logits, uniforms.to(logits.device))[0].cpu()})
+        return labelled
+
+    def all_logits(self, model, batch) -> Tensor:
+        """[examples, …, categories]: one row for each label that is sampled."""
+        raise NotImplementedError
+
+    def for_peer(self, example) -> dict[str, Tensor]:
+        """The example as the peer's task takes it, all of one shape."""
+        raise NotImplementedError
+
+
+class PeerTask(Task):
+    """A task of kronfluence whose labels are sampled online, or read from the batch."""
+
+    def __init__(self, layer_names: list[str]):
+        self.layer_names, self.online = layer_names, True
+
+    def get_influence_tracked_modules(self):
+        return self.layer_names
+
+    def cross_entropy(self, logits, labels, batch, sample):
+        """Summed; logits [rows, categories], labels [rows]."""
+        if sample and self.online:
+            with torch.no_grad():
+                labels = torch.multinomial(F.softmax(logits.detach(), dim=-1), num_samples=1).flatten()
+        elif sample:
+            labels = batch[LABELS].reshape(-1)
+        return F.cross_entropy(logits, labels, reduction="sum")
+
+
+class LanguageModelPeer(PeerTask):
+    """As kronfluence's WikiText example."""
+
+    def compute_train_loss(self, batch, model, sample=False):
+        logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
+        labels = batch["input_ids"][:, 1:].reshape(-1)
+        return self.cross_entropy(logits.reshape(-1, logits.size(-1)), labels, batch, sample)
+
+    def compute_measurement(self, batch, model):
+        return self.compute_train_loss(batch, model)
+
+
+class MultipleChoicePeer(PeerTask):
+    """As kronfluence's SWAG example: every row padded to the full length, four rows made one by the hook."""
+
+    enable_post_process_per_sample_gradient = True
+
+    @staticmethod
+    def logits(batch, model):
+        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+
+    def compute_train_loss(self, batch, model, sample=False):
+        return self.cross_entropy(self.logits(batch, model), batch["labels"], batch, sample)
+
+    def compute_measurement(self, batch, model):
+        return negative_margin(self.logits(batch, model), batch["labels"]).sum()
+
+    def get_attention_mask(self, batch):
+        return batch["attention_mask"].flatten(0, 1)
+
+    def post_process_per_sample_gradient(self, module_name, gradient):
+        return gradient.unflatten(0, (-1, 4)).sum(dim=1)
+
+
+class BenchmarkedWikiText(BenchmarkedTask, WikiTextTask):
+    """Next-token prediction on whole blocks."""
+
+    peer_task = LanguageModelPeer
+
+    def train_loss(self, model, batch, sample_labels=None):
+        if sample_labels is None or LABELS not in batch:
+            return super().train_loss(model, batch, sample_labels)
+        return self.next_token_loss(model, batch["input_ids"], batch[LABELS])
+
+    def all_logits(self, model, batch):
+        return model(batch["input_ids"], use_cache=False).logits[:, :-1]
+
+    def for_peer(self, example):
+        return {key: example[key] for key in ("input_ids", LABELS) if key in example}
+
+
+class BenchmarkedSwag(BenchmarkedTask, SwagTask):
+    """Multiple choice; ours pads to the longest row of a batch."""
+
+    peer_task = MultipleChoicePeer
+
+    def train_loss(self, model, batch, sample_labels=None):
+        if sample_labels is None or LABELS not in batch:
+            return super().train_loss(model, batch, sample_labels)
+        return F.cross_entropy(self._logits(model, batch), batch[LABELS], reduction="sum")
+
+    def all_logits(self, model, batch):
+        return self._logits(model, batch)
+
+    def for_peer(self, example):
+        batch = {key: value[0] for key, value in self.collate([example]).items()}
+        missing = self.max_length - batch["input_ids"].shape[-1]
+        for key, value in (("input_ids", self.tokenizer.pad_token_id), ("attention_mask", 0)):
+            batch[key] = F.pad(batch[key], (0, missing), value=value)
+        return batch
+
+
+BENCHMARKED = {"wikitext_gpt2": BenchmarkedWikiText, "swag_roberta": BenchmarkedSwag}
