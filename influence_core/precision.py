@@ -1,6 +1,7 @@
 """Which number formats are used where: the one place that decides it.
 
 float32:  model, products and sums in float32.
+TF32:     as float32, but a GPU's products see 10 bits of each operand's 23 (--use_tf32; not on a CPU).
 bfloat16: operands of products (model, per-sample gradients, scores) rounded to bfloat16, products accumulated in
           float32; the residual stream, losses, covariances, eigenvectors, Lambda, preconditioning and scores stay
           float32 (eigh in float64 always).
@@ -24,17 +25,27 @@ from influence_core.errors import UserError
 
 @dataclass(frozen=True)
 class Precision:
-    """dtypes of product operands and of sums; `emulated`: bfloat16 rounding without bfloat16 products."""
+    """dtypes of product operands and of sums.
+
+    `emulated`: bfloat16 rounding without bfloat16 products. `tf32`: float32 products of a GPU in TensorFloat-32.
+    """
 
     operand_dtype: torch.dtype = torch.float32
     sum_dtype: torch.dtype = torch.float32
     emulated: bool = False
+    tf32: bool = False
 
     @classmethod
-    def choose(cls, device: torch.device, half: bool) -> "Precision":
-        """float32, or bfloat16 in the way that the device does it best."""
+    def choose(cls, device: torch.device, half: bool, tf32: bool = False) -> "Precision":
+        """float32, TF32, or bfloat16 in the way that the device does it best.
+
+        Raises:
+            UserError: the device does not have it.
+        """
+        if tf32 and (half or device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
+            raise UserError("--use_tf32 is for float32 on a GPU that has TF32 (Ampere or later): leave it out here")
         if not half:
-            return cls()
+            return cls(tf32=tf32)
         if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise UserError(f"{torch.cuda.get_device_name()} has no bfloat16; run without --use_half_precision")
         return cls(operand_dtype=torch.bfloat16, emulated=device.type == "cpu")
@@ -42,11 +53,13 @@ class Precision:
     @property
     def name(self) -> str:
         """As manifests and plans say it."""
-        return str(self.operand_dtype).removeprefix("torch.")
+        return "tf32" if self.tf32 else str(self.operand_dtype).removeprefix("torch.")
 
     @property
     def description(self) -> str:
         """As a person reads it."""
+        if self.tf32:
+            return "float32 with TF32 products"
         if not self.is_half:
             return self.name
         how = " (emulated: no bfloat16 units here, so it saves no time)" if self.emulated else ""

@@ -35,7 +35,12 @@ class Runtime:
 
     @classmethod
     def start(
-        cls, use_ddp: bool = False, use_half_precision: bool = False, use_compile: bool = False, seed: int = 0
+        cls,
+        use_ddp: bool = False,
+        use_half_precision: bool = False,
+        use_compile: bool = False,
+        seed: int = 0,
+        use_tf32: bool = False,
     ) -> "Runtime":
         """Choose the device, join the process group (under torchrun) and seed every generator.
 
@@ -54,7 +59,8 @@ class Runtime:
         if device.type == "cuda":
             torch.cuda.set_device(device)
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums are float32
-        precision = Precision.choose(device, use_half_precision)
+        precision = Precision.choose(device, use_half_precision, use_tf32)
+        torch.backends.cuda.matmul.allow_tf32 = precision.tf32
         if use_ddp:
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(minutes=30))

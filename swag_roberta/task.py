@@ -9,7 +9,6 @@ from transformers import AutoModelForMultipleChoice, RobertaConfig
 from influence_core.errors import UserError
 from influence_core.experiments.demo_corpus import DEMO_CORPUS, demo_corpus, demo_questions
 from influence_core.experiments.example import MEASUREMENT, take
-from influence_core.experiments.metrics import accuracy
 from influence_core.experiments.pretrained import PretrainedTask
 from influence_core.layers import trackable_layer_names
 from influence_core.task import EXAMPLE_INDEX
@@ -175,13 +174,19 @@ class SwagTask(PretrainedTask):
         }
 
     def metrics(self, values):
-        return {"loss": float(values["loss"].mean()), "accuracy": accuracy(values["prediction"], values["label"])}
+        return {"loss": float(values["loss"].mean()), "accuracy": self._accuracy(values)}
 
     def query_metrics(self, values):
         return {
-            "query accuracy": accuracy(values["prediction"], values["label"]),
+            "query accuracy": self._accuracy(values),
             "mean measurement": float(values[MEASUREMENT].mean()),
         }
+
+    @staticmethod
+    def _accuracy(values) -> float:
+        from influence_core.experiments.metrics import accuracy  # only where it is needed: it takes long to import
+
+        return accuracy(values["prediction"], values["label"])
 
 
 def negative_margin(logits: Tensor, labels: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-import datasets
 import huggingface_hub
 from torch import Tensor, nn
 
@@ -83,6 +82,8 @@ def _work_offline_if_unreachable() -> None:
     try:
         huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
     except Exception:  # whatever the session's library raises: there is no way to the Hub
+        import datasets  # only where it is needed: it takes long to import
+
         huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
 

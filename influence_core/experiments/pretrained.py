@@ -4,16 +4,18 @@ import itertools
 from abc import abstractmethod
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from datasets import Dataset, load_dataset
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from influence_core.errors import UserError
 from influence_core.experiments.demo_corpus import DEMO_CORPUS, train_tokenizer
 from influence_core.experiments.example import ExampleTask, is_main_process, load_from, parse_overrides
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 class PretrainedTask(ExampleTask):
@@ -129,8 +131,10 @@ class PretrainedTask(ExampleTask):
         directory = Path(self.model_source or "/nowhere")
         return any(itertools.chain(directory.glob("*.safetensors*"), directory.glob("pytorch_model*")))
 
-    def rows(self, split: str) -> Dataset:
+    def rows(self, split: str) -> "Dataset":
         """The dataset's rows of "train" or "validation", or of the part that stands for it."""
+        from datasets import load_dataset  # only where it is needed: it takes long to import
+
         rows = load_from(
             self.dataset_source,
             "--dataset_name_or_path",

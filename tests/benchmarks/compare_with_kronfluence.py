@@ -8,7 +8,7 @@ First both systems run once with the same labels, and factors and scores are com
 in turn, each sampling labels online as it does by itself, and medians are compared. The peer scores at query batches
 of `--peer_query_batch_sizes` (0: all queries in one, its best). `floor` is what our stage must take: its forward and
 backward passes alone, timed in the same run, and its counted products at the measured rate of a large product. Peak
-memory is that of a fresh process for each system, with all queries in one batch of the peer.
+memory is that of a fresh process for each system, with the peer's largest query batch.
 
 Without a checkpoint of train.py the model is of `--config_overrides` with random weights. Both get the same model
 object, and so the same activation kernel. In setting C the peer's rows are padded to 128 tokens, as in the example
@@ -22,6 +22,8 @@ import sys
 import tempfile
 from pathlib import Path
 from statistics import median
+
+import torch
 
 from influence_core.experiments.demo_corpus import DEMO_CORPUS
 from influence_core.runtime import Runtime
@@ -51,14 +53,20 @@ SETTINGS = {
         "config_overrides": "num_hidden_layers=4,hidden_size=256,num_attention_heads=4,intermediate_size=1024",
         "num_train": 256, "num_queries": 64,
     },
+    "GPU": {
+        "task": "wikitext_gpt2", "tokens": "benchmark_inputs/wikitext2.safetensors", "block_size": 512,
+        "config_overrides": "n_layer=12", "num_train": 4656, "num_queries": 481, "num_compared": 64, "repeats": 1,
+        "num_peer_train": 128, "query_batch_size": 32, "train_batch_size": 64, "factor_batch_size": 64,
+        "peer_query_batch_sizes": [32],
+    },
 }  # fmt: skip
 
 
-def parse():
+def parse(argv: list[str] | None = None):
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--setting", choices=SETTINGS, default="A", help="sizes that the README reports; flags override")
     first.add_argument("--task", choices=BENCHMARKED)
-    chosen, _ = first.parse_known_args()
+    chosen, _ = first.parse_known_args(argv)
     defaults = SETTINGS[chosen.setting]
     parser = argparse.ArgumentParser(
         parents=[first], description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -74,13 +82,19 @@ def parse():
     parser.add_argument("--strategy", default="ekfac")
     parser.add_argument("--damping", type=float, default=1e-8)
     parser.add_argument("--half", action="store_true")
+    parser.add_argument("--tf32", action="store_true")
+    parser.add_argument("--num_compared", type=int, help="training examples whose factors and scores are compared, and "
+                        "half as many queries (default: all)")  # fmt: skip
+    parser.add_argument("--num_peer_train", type=int, help="time the peer on so many training examples and on twice as "
+                        "many, and go on in a straight line to --num_train")  # fmt: skip
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--repeats", type=int, default=3, help="of the timing; 0: agreement only")
     parser.add_argument("--seed", type=int, default=1004)
     parser.add_argument("--out", type=Path, default=Path("benchmark_results/compare_with_kronfluence.json"))
+    parser.add_argument("--skip_memory", action="store_true", help="do not measure peak memory")
     parser.add_argument("--peak_memory_of", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     parser.set_defaults(**defaults)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def main():
@@ -98,14 +112,9 @@ def main():
         if arguments.repeats:
             result |= time_stages(arguments, setting, peer)
             print_times(result)
-            command = [sys.executable, "-m", "tests.benchmarks.compare_with_kronfluence", *sys.argv[1:]]
-            for system in ("ours", "theirs"):
-                done = subprocess.run(
-                    [*command, "--peak_memory_of", system], capture_output=True, text=True, check=True
-                )
-                result[f"peak_bytes_{system}"] = int(done.stdout.splitlines()[-1])
-                print(f"peak memory, {system}: {result[f'peak_bytes_{system}'] / 1e9:.2f} GB")
-            print(f"planned for ours: {result['planned_bytes'] / 1e9:.2f} GB")
+            if not arguments.skip_memory:
+                result["peak_bytes"] = peak_memory_of_both()
+            print(f"memory planned for ours: {result['planned_bytes'] / 1e9:.2f} GB")
     result["arguments"] = {key: str(value) for key, value in vars(arguments).items()}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=2) + "\n")
@@ -113,11 +122,13 @@ def main():
 
 def compare_scores(arguments, setting, peer):
     """Factors and scores of both systems from the same labels."""
+    if arguments.num_compared:
+        setting = setting.part(arguments.num_compared, arguments.num_compared // 2)
     labelled = setting.task.sample_all_labels(setting.model, setting.train, arguments.seed)
     ours = run_ours(arguments, setting, labelled)
     peer.task.online = False
     peer.fit(labelled, arguments.factor_batch_size)
-    _, theirs = peer.score(setting.queries, labelled, arguments.num_queries, arguments.train_batch_size)
+    _, theirs = peer.score(setting.queries, labelled, len(setting.queries), arguments.train_batch_size)
     result = agreement(ours.scores, theirs, setting.directory / "ours", peer.factors())
     for name, value in result.items():
         print(f"{name:<22} {value:.3g}" if value < 0.9 else f"{name:<22} {value:.8f}")
@@ -137,20 +148,13 @@ def time_stages(arguments, setting, peer):
     for _ in range(arguments.repeats):
         peaks.append(matrix_product_peak(setting.device, arguments.half))
         run = run_ours(arguments, setting, setting.train, time_passes=True)
-        theirs = peer.fit(setting.train, arguments.factor_batch_size)
+        theirs = peer_seconds(arguments, setting, peer)
         for stage, seconds in theirs.items():
-            note(stage, ours=run.seconds[stage], theirs=seconds, passes=run.pass_seconds[stage])
-        best = float("inf")
-        for size in arguments.peer_query_batch_sizes:
-            seconds, _ = peer.score(
-                setting.queries, setting.train, size or arguments.num_queries, arguments.train_batch_size
-            )
-            best = min(best, seconds)
-            note(
-                f"{PAIRWISE}, peer's batch {size or 'all'}", ours=run.seconds[PAIRWISE], theirs=seconds,
-                passes=run.pass_seconds[PAIRWISE],
-            )  # fmt: skip
-        note("Whole, peer at its best", ours=sum(run.seconds.values()), theirs=sum(theirs.values()) + best)
+            action = stage.split(",")[0]
+            note(stage, ours=run.seconds[action], theirs=seconds, passes=run.pass_seconds[action])
+        best = min(seconds for stage, seconds in theirs.items() if stage.startswith(PAIRWISE))
+        factors = sum(seconds for stage, seconds in theirs.items() if not stage.startswith(PAIRWISE))
+        note("Whole, peer at its best", ours=sum(run.seconds.values()), theirs=factors + best)
     gflops = median(peaks)
     stages = {}
     for stage, row in rows.items():
@@ -161,6 +165,27 @@ def time_stages(arguments, setting, peer):
             stages[stage]["gflops"] = run.flops[action] / medians["ours"] / 1e9
             stages[stage]["floor"] = medians["passes"] + run.product_flops[action] / gflops / 1e9
     return {"stages": stages, "gflops": gflops, "planned_bytes": run.planned_bytes}
+
+
+def peer_seconds(arguments, setting, peer) -> dict[str, float]:
+    """Of each stage, the pairwise one once for each query batch size; beyond --num_peer_train on a straight line."""
+
+    def measure(num_train: int) -> dict[str, float]:
+        train = setting.train[:num_train]
+        seconds = peer.fit(train, arguments.factor_batch_size)
+        for size in arguments.peer_query_batch_sizes:
+            stage = f"{PAIRWISE}, peer's batch {size or 'all'}"
+            query_batch_size = size or arguments.num_queries
+            seconds[stage], _ = peer.score(setting.queries, train, query_batch_size, arguments.train_batch_size)
+        return seconds
+
+    part = arguments.num_peer_train
+    if part is None:
+        return measure(arguments.num_train)
+    measure(part)  # warms up
+    small, large = measure(part), measure(2 * part)
+    steps = arguments.num_train / part - 2
+    return {stage: large[stage] + steps * max(large[stage] - small[stage], 0) for stage in large}
 
 
 def print_times(result):
@@ -177,15 +202,29 @@ def print_times(result):
     print(f"matrix-product peak in this run: {result['gflops']:.0f} GFLOP/s")
 
 
+def peak_memory_of_both() -> dict[str, int]:
+    """Bytes, each in a process of its own with the same flags."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    command = [sys.executable, "-m", "tests.benchmarks.compare_with_kronfluence", *sys.argv[1:], "--peak_memory_of"]
+    peaks = {}
+    for system in ("ours", "theirs"):
+        done = subprocess.run([*command, system], capture_output=True, text=True, check=True)
+        peaks[system] = int(done.stdout.splitlines()[-1])
+        print(f"peak memory, {system}: {peaks[system] / 1e9:.2f} GB")
+    return peaks
+
+
 def measure_peak(arguments, setting, peer) -> int:
-    """Bytes that one system's whole analysis takes at most, in this process."""
-    runtime = Runtime(device=setting.device)
+    """Bytes that one system takes at most, in this process; the peer's query batch is its largest in the benchmark."""
+    train = setting.train[: arguments.num_peer_train]
     if arguments.peak_memory_of == "ours":
-        run_ours(arguments, setting, setting.train)
+        run_ours(arguments, setting, train)
     else:
-        peer.fit(setting.train, arguments.factor_batch_size)
-        peer.score(setting.queries, setting.train, arguments.num_queries, arguments.train_batch_size)
-    return runtime.peak_memory()
+        query_batch_size = max(size or arguments.num_queries for size in arguments.peer_query_batch_sizes)
+        peer.fit(train, arguments.factor_batch_size)
+        peer.score(setting.queries, train, query_batch_size, arguments.train_batch_size)
+    return Runtime(device=setting.device).peak_memory()
 
 
 if __name__ == "__main__":

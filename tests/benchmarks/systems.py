@@ -1,7 +1,7 @@
 """What the benchmarks run: model and data of a setting, our analysis with its timings, and how scores agree."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,6 +37,10 @@ class Setting:
     def device(self) -> torch.device:
         return self.model.device
 
+    def part(self, num_train: int, num_queries: int) -> "Setting":
+        """The same with the first training examples and queries only."""
+        return replace(self, train=self.train[:num_train], queries=self.queries[:num_queries])
+
 
 def make_setting(arguments, directory: Path) -> Setting:
     """From the flags; those of the task come from the checkpoint where there is one."""
@@ -66,7 +70,9 @@ class OurRun:
 
 
 def run_ours(arguments, setting: Setting, train: list, time_passes: bool = False) -> OurRun:
-    runtime = Runtime.start(use_half_precision=arguments.half, use_compile=arguments.compile, seed=arguments.seed)
+    runtime = Runtime.start(
+        use_half_precision=arguments.half, use_compile=arguments.compile, seed=arguments.seed, use_tf32=arguments.tf32
+    )
     study = Study(setting.task, setting.model, train, setting.directory / "ours", runtime, overwrite=True)
     scores = analyze(
         study,

@@ -6,6 +6,7 @@ Each class says of one example, beside our own contract: how to sample labels, a
 import torch
 import torch.nn.functional as F
 from kronfluence.task import Task
+from safetensors.torch import load_file
 from torch import Tensor
 
 from influence_core.labels import LabelSampler
@@ -100,9 +101,26 @@ class MultipleChoicePeer(PeerTask):
 
 
 class BenchmarkedWikiText(BenchmarkedTask, WikiTextTask):
-    """Next-token prediction on whole blocks."""
+    """Next-token prediction on whole blocks; from text, or from a file of tokens where no tokenizer is at hand."""
 
     peer_task = LanguageModelPeer
+
+    def __init__(self, tokens, **flags):
+        super().__init__(**flags)
+        self.tokens = tokens
+
+    @staticmethod
+    def add_arguments(parser):
+        WikiTextTask.add_arguments(parser)
+        parser.add_argument("--tokens", help="file of tests/benchmarks/gpu_inputs.py in place of dataset and tokenizer")
+
+    def config_values(self):
+        return {} if self.tokens else super().config_values()
+
+    def load_dataset(self, split, indices=None):
+        if self.tokens and split not in self._splits:
+            self._splits[split] = [{"input_ids": block.long()} for block in load_file(self.tokens)[split]]
+        return super().load_dataset(split, indices)
 
     def train_loss(self, model, batch, sample_labels=None):
         if sample_labels is None or LABELS not in batch:
