@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModelForMultipleChoice, RobertaConfig
@@ -13,6 +14,7 @@ from influence_core.experiments.pretrained import PretrainedTask
 from influence_core.layers import trackable_layer_names
 from influence_core.task import EXAMPLE_INDEX
 
+QUESTIONS_AT_ONCE = 1000  # that are tokenised together
 ENDINGS = ("ending0", "ending1", "ending2", "ending3")
 TRACKED = re.compile(r"(roberta\.(encoder|pooler)\..*|classifier)")
 
@@ -83,6 +85,13 @@ class SwagTask(PretrainedTask):
         positions = self.max_length + self.tokenizer.pad_token_id + 1
         return super().config_values() | {"max_position_embeddings": positions, "type_vocab_size": 1}
 
+    def load_model(self, checkpoint_dir):
+        model = super().load_model(checkpoint_dir)
+        num_positions = model.config.max_position_embeddings - model.config.pad_token_id - 1
+        if self.max_length > num_positions:
+            raise UserError(f"--max_length {self.max_length} is more than the model's {num_positions} positions")
+        return model
+
     def tracked_layer_names(self, model):
         return [name for name in trackable_layer_names(model) if TRACKED.fullmatch(name)]
 
@@ -113,9 +122,17 @@ class SwagTask(PretrainedTask):
         return take(self._splits[split], indices)
 
     def _tokenized(self, questions: list[dict]) -> list[dict]:
+        return [
+            example
+            for start in range(0, len(questions), QUESTIONS_AT_ONCE)
+            for example in self._tokenized_together(questions[start : start + QUESTIONS_AT_ONCE])
+        ]
+
+    def _tokenized_together(self, questions: list[dict]) -> list[dict]:
         first = [question["sent1"] for question in questions for _ in ENDINGS]
         second = [f"{question['sent2']} {question[ending]}" for question in questions for ending in ENDINGS]
         rows = self.tokenizer(first, second, truncation=True, max_length=self.max_length)["input_ids"]
+        rows = [np.array(row, dtype=np.int32) for row in rows]
         return [
             {**question, "input_ids": rows[len(ENDINGS) * number : len(ENDINGS) * (number + 1)]}
             for number, question in enumerate(questions)
@@ -131,7 +148,7 @@ class SwagTask(PretrainedTask):
         mask = torch.zeros_like(tokens)
         for example, token_rows, mask_rows in zip(examples, tokens, mask):
             for row, token_row, mask_row in zip(example["input_ids"], token_rows, mask_rows):
-                token_row[: len(row)] = torch.tensor(row)
+                token_row[: len(row)] = torch.from_numpy(row)
                 mask_row[: len(row)] = 1
         labels = torch.tensor([example["label"] for example in examples])
         return {"input_ids": tokens, "attention_mask": mask, "labels": labels}

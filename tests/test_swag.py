@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForMultipleChoice, RobertaConfig
 
+from influence_core.errors import UserError
 from influence_core.experiments.demo_corpus import demo_corpus, demo_questions
 from influence_core.experiments.example import MEASUREMENT
 from influence_core.experiments.metrics import accuracy
@@ -197,6 +198,16 @@ def test_real_questions(tmp_path, monkeypatch):
     assert row == f"<s>{example['sent1']}</s></s>{example['sent2']} {example['ending2']}</s>"
     text = task.describe(example)
     assert "<" not in text and f"-> {example[ENDINGS[example['label']]]}" in text
+
+
+def test_more_tokens_than_the_model_has_positions_for_are_refused():
+    """RoBERTa counts positions from the padding's index on: 40 of them are fewer for tokens."""
+    task = SwagTask(**flags(config_overrides=TINY + ",max_position_embeddings=40", max_length=39))
+    with pytest.raises(UserError, match="--max_length 39 is more than the model's 3. positions"):
+        task.load_model(None)
+    task = SwagTask(**flags(config_overrides=TINY + ",max_position_embeddings=40", max_length=30))
+    batch = {**task.collate(task.load_dataset("train", range(2))), "example_index": torch.arange(2)}
+    assert task.train_loss(task.load_model(None), batch).isfinite()
 
 
 @pytest.fixture(scope="module")
