@@ -11,6 +11,7 @@ from influence_core.factors.fit import fit_factors, refuse_foreign_factors
 from influence_core.factors.strategies import Damping, find_strategy
 from influence_core.layers import TrackedLayer
 from influence_core.passes import LossFunction, Probe
+from influence_core.runtime import is_out_of_memory
 from influence_core.scores.pairwise import compute_pairwise_scores, pairwise_score_store
 from influence_core.scores.plan import Plan, Work, describe_plan, make_plan, plan_flops
 from influence_core.storage import require_writable
@@ -90,8 +91,14 @@ def probe_example(study: Study, dataset: Sequence[Any], loss: LossFunction, laye
     lengths = study.lengths(dataset)
     longest = max(range(len(lengths)), key=lengths.__getitem__)
     with study.gradient_pass(loss, layers) as run:
-        one, two = (run.probe(make_batch(study.task, dataset, [longest] * n, study.runtime)) for n in (1, 2))
-    num_bytes = two.num_bytes - one.num_bytes
+        one = run.probe(make_batch(study.task, dataset, [longest], study.runtime))
+        try:
+            two = run.probe(make_batch(study.task, dataset, [longest, longest], study.runtime))
+            num_bytes = two.num_bytes - one.num_bytes
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            num_bytes = one.num_bytes  # then nothing is known of what more examples would not multiply
     share_of_longest = sum(lengths) / len(lengths) / lengths[longest]
     return replace(
         one,

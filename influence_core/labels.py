@@ -71,13 +71,13 @@ def sample_categorical(weights: Tensor, uniforms: Tensor) -> Tensor:
     within = weights.gather(-1, categories.clamp(max=num_categories - 1)) * (categories < num_categories)
     within = within.cumsum(-1)
     position = _first_above(within, (thresholds - before).clamp(min=0))
-    return categories.gather(-1, position).squeeze(-1)
+    return categories.gather(-1, position).squeeze(-1).clamp_(max=num_categories - 1)
 
 
 def _first_above(cumulative: Tensor, thresholds: Tensor) -> Tensor:
     """[..., 1], the first index whose cumulative weight is above the threshold; where rounding leaves none, the last
-    one that has any weight."""
-    last = torch.searchsorted(cumulative, cumulative[..., -1:].contiguous())
+    one that has any weight; where the weights are NaN, any index."""
+    last = torch.searchsorted(cumulative, cumulative[..., -1:].contiguous()).clamp_(max=cumulative.shape[-1] - 1)
     return torch.minimum(torch.searchsorted(cumulative, thresholds, right=True), last)
 
 

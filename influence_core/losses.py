@@ -12,8 +12,9 @@ from torch import Tensor
 from influence_core.labels import sample_categorical
 from influence_core.precision import active_precision
 
-CHUNK_ROWS = 512  # positions whose logits are held at once: enough for products at full speed
-CHUNK_BYTES = 64 << 20  # of them, at most
+# Positions whose logits are held at once, enough for products at full speed; and bytes of these logits, at most.
+CHUNK_ROWS = {"cpu": 512, "cuda": 8192}
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -24,21 +25,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         weight_gradient = torch.zeros_like(weight, dtype=precision.sum_dtype) if ctx.needs_input_grad[1] else None
         loss = hidden.new_zeros((), dtype=precision.sum_dtype)
-        chunk = min(CHUNK_ROWS, max(16, CHUNK_BYTES // (weight.shape[0] * loss.element_size())))
-        buffer = loss.new_empty(
-            min(chunk, len(hidden)), weight.shape[0]
-        )  # the same memory each time: fresh pages cost like a product
+        most = CHUNK_BYTES[hidden.device.type] // (weight.shape[0] * loss.element_size())
+        chunk = min(CHUNK_ROWS[hidden.device.type], max(16, most))
+        buffer = None
+        if hidden.device.type == "cpu":  # the same memory for every chunk: fresh pages cost like a product
+            buffer = loss.new_empty(min(chunk, len(hidden)), weight.shape[0])
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             operands = precision.operand(hidden[rows])
-            logits = precision.matmul(operands, operand_weight.t(), out=buffer[: len(operands)])
+            logits = precision.matmul(
+                operands, operand_weight.t(), out=None if buffer is None else buffer[: len(operands)]
+            )
             maximum = logits.amax(-1, keepdim=True)
             target_logit = None if labels is None else logits.gather(-1, labels[rows, None]) - maximum
             weights = logits.sub_(maximum).exp_()
             total = weights.sum(-1, keepdim=True)
             if labels is None:  # a category is sampled only where its weight is not zero
                 target = sample_categorical(weights, uniforms[rows]).unsqueeze(-1)
-                target_logit = weights.gather(-1, target).log()
+                target_logit = weights.gather(-1, target).clamp_min(torch.finfo(weights.dtype).tiny).log()
             else:
                 target = labels[rows, None]
             loss += (total.log() - target_logit).sum()

@@ -81,13 +81,14 @@ class GradientPass:
         compile: bool = False,
         rounded: list[TrackedLayer] | None = None,
         rows_per_example: int = 1,
+        find_active: bool = True,
     ):
         """`rounded`: layers that emulated bfloat16 rounds; by default those tracked here. `rows_per_example`: the
-        task's, see InfluenceTask."""
+        task's, see InfluenceTask. `find_active`: look for positions without a gradient in each batch."""
         self.model, self.layers, self.loss_function, self.position_mask = model, layers, loss_function, position_mask
         self.precision = precision or Precision()
         self.rounded = rounded or layers
-        self.rows_per_example = rows_per_example
+        self.rows_per_example, self.find_active = rows_per_example, find_active
         self.step = torch.compile(self._step) if compile else None
         self.probe_shapes: dict[tuple, dict[str, list[torch.Size]]] = {}  # by the shapes of the batch
         self.inputs: dict[str, list[Tensor]] = {}
@@ -144,7 +145,8 @@ class GradientPass:
                 self.probe_shapes[shapes] = {name: [x.shape for x in xs] for name, xs in self.outputs.items()}
         captured = {layer.name: self._captured(layer, batch, gradients[layer.name]) for layer in self.layers}
         self.forget()
-        self._find_active_positions(list(captured.values()))
+        if self.find_active:
+            self._find_active_positions(list(captured.values()))
         return loss.detach(), captured
 
     @staticmethod

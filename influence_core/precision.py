@@ -1,7 +1,8 @@
 """Which number formats are used where: the one place that decides it.
 
 float32:  model, products and sums in float32.
-TF32:     as float32, but a GPU's products see 10 bits of each operand's 23 (--use_tf32; not on a CPU).
+TF32:     as float32, but all products of a GPU, those of covariances and rotations too, see 10 bits of each operand's
+          23 (--use_tf32; not on a CPU).
 bfloat16: operands of products (model, per-sample gradients, scores) rounded to bfloat16, products accumulated in
           float32; the residual stream, losses, covariances, eigenvectors, Lambda, preconditioning and scores stay
           float32 (eigh in float64 always).
@@ -99,7 +100,8 @@ class Precision:
         if a.is_cuda:
             product = torch.mm if a.dim() == 2 else torch.bmm
             return product(a, b, out_dtype=self.sum_dtype)
-        return a.to(self.sum_dtype) @ b.to(self.sum_dtype)
+        with torch.autocast(a.device.type, enabled=False):
+            return a.to(self.sum_dtype) @ b.to(self.sum_dtype)
 
     def add_matmul(self, total: Tensor, a: Tensor, b: Tensor) -> None:
         """total += a @ b, total in sum_dtype."""

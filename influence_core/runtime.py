@@ -161,7 +161,8 @@ class Runtime:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         with open("/proc/self/status") as status:  # getrusage would count what a parent process held before this one
-            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+            peak = next((int(line.split()[1]) for line in status if line.startswith("VmHWM")), None)
+        return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if peak is None else peak)
 
     def free_memory(self) -> int:
         """Bytes that this process may still take: 90 % of what is free, shared among the processes of a machine."""
@@ -174,7 +175,8 @@ class Runtime:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether torch could not get the memory that it asked for, on any device."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    told_by = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")  # the CPU, CUDA itself, its libraries
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in told_by)
 
 
 def _free_system_memory() -> int:

@@ -1,7 +1,7 @@
 """One study: a model, its training set, and the directory where its factors and scores lie."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from influence_core.batches import make_batch, order_examples
 from influence_core.errors import UserError
-from influence_core.fingerprints import dataset_fingerprint, model_fingerprint
+from influence_core.fingerprints import dataset_fingerprint, digest, model_fingerprint
 from influence_core.labels import LabelSampler
 from influence_core.layers import TrackedLayer, find_tracked_layers
 from influence_core.passes import Captured, GradientPass, LossFunction
@@ -74,7 +74,7 @@ class Study:
 
     def result_name(self, strategy_name: str) -> str:
         """Directory suffix of a strategy's factors and scores."""
-        return strategy_name + ("_half" if self.runtime.precision.is_half else "")
+        return strategy_name + {"bfloat16": "_half", "tf32": "_tf32"}.get(self.runtime.precision.name, "")
 
     def factor_store(self, name: str, stage: str, **settings) -> StageStore:
         """Where a factor stage lies; `settings` are those beyond the study's own."""
@@ -104,6 +104,7 @@ class Study:
             compile,
             rounded=self.layers,
             rows_per_example=self.task.rows_per_example,
+            find_active=self.task.has_lengths,
         )
 
     def lengths(self, dataset: Sequence[Any]) -> list[int]:
@@ -115,30 +116,46 @@ class Study:
         """The training examples of this process, in the order in which every pass takes them."""
         return order_examples(self.lengths(self.train_dataset), self.runtime)
 
+    @cached_property
+    def train_order_digest(self) -> str:
+        """Of `train_order`: noted progress means the first examples of just this order."""
+        return digest(str(index).encode() + b" " for index in self.train_order)
+
     def captures(
-        self, run: GradientPass, dataset: Sequence[Any], order: list[int], batch_size: int, what: str
+        self,
+        run: GradientPass,
+        dataset: Sequence[Any],
+        order: list[int],
+        batch_size: int,
+        what: str,
+        make_room: Callable[[], bool] = lambda: False,
     ) -> Iterator[tuple[list[int], dict[str, Captured]]]:
         """Run the examples in this order, batch by batch: (indices of the batch, what was captured).
 
-        A batch that finds too little memory is halved, and so are all after it. Each loss is checked.
+        A batch whose forward and backward pass finds too little memory is run again if `make_room` could free some;
+        else it is halved, and so are all after it. Each loss is checked.
 
+        Args:
+            make_room: frees what the consumer holds, and says whether there was anything.
         Raises:
             UserError: a single example does not fit; the loss of a batch is NaN or infinite.
         """
         done = 0
         while done < len(order):
             indices = order[done : done + batch_size]
-            result = self._run_if_it_fits(run, make_batch(self.task, dataset, indices, self.runtime))
+            result = self._run_if_it_fits(run, dataset, indices)
             if result is None:
+                self.runtime.release_cached_memory()
+                if make_room():
+                    continue
                 if len(indices) == 1:
                     raise UserError(f"out of memory with a single example in a batch (the {what} of {indices[0]})")
                 batch_size = len(indices) // 2
                 self.runtime.print(f"Out of memory with {len(indices)} examples in a batch: going on with {batch_size}")
-                self.runtime.release_cached_memory()
                 continue
             loss, captured = result
             self.pending.append((loss, indices, what))
-            # Reading a loss waits for the device, so on a GPU they are read in bunches.
+            # Reading a loss waits for the device, so on a GPU losses are read in bunches.
             if self.runtime.device.type == "cpu" or len(self.pending) == 32:
                 self.check_losses()
             done += len(indices)
@@ -146,10 +163,11 @@ class Study:
             yield indices, captured
         self.check_losses()
 
-    @staticmethod
-    def _run_if_it_fits(run: GradientPass, batch: Batch) -> tuple[Tensor, dict[str, Captured]] | None:
+    def _run_if_it_fits(
+        self, run: GradientPass, dataset: Sequence[Any], indices: list[int]
+    ) -> tuple[Tensor, dict[str, Captured]] | None:
         try:
-            return run(batch)
+            return run(make_batch(self.task, dataset, indices, self.runtime))
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

@@ -61,7 +61,8 @@ class InfluenceTask(ABC):
     def length(self, example: Any) -> int:
         """How many positions the example takes without padding: examples of like length share a batch.
 
-        By default all are alike, which is right where nothing is padded. It changes time and memory, not results.
+        By default all are alike, which is right where nothing is padded. It changes time and memory, not results: where
+        a task has lengths, positions without a gradient are looked for in each batch and left out of the work.
         """
         return 1
 
@@ -83,6 +84,11 @@ class InfluenceTask(ABC):
     def topic(self, example: Any) -> str | None:
         """A group that the example is known to belong to, if any: lets analyze.py report topic retrieval."""
         return None
+
+    @property
+    def has_lengths(self) -> bool:
+        """Whether examples differ in length, so that batches are padded."""
+        return type(self).length is not InfluenceTask.length
 
     @property
     def post_processes(self) -> bool:

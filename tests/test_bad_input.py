@@ -196,7 +196,7 @@ def test_the_batch_of_a_nan_loss_is_named(strategy, tmp_path):
     """In the covariance, Lambda and pairwise pass: the very batch that holds the example, and nothing is stored."""
     task = NanTask("train", 17)
     study = Study(task, task.load_model(), task.load_dataset("train"), tmp_path)
-    with pytest.raises(UserError, match="training loss .* examples 12 to 17 is nan"):
+    with pytest.raises(UserError, match=r"training loss .* examples ([\d, ]*, )?17(, [\d, ]*)? is nan"):
         analyze(study, [strategy], task.load_dataset("validation"), 1e-3, 6, 6, 6)
     assert not contents(tmp_path)
 
@@ -207,7 +207,7 @@ def test_the_query_of_a_nan_measurement_is_named(tile, tmp_path):
     task = NanTask("validation", 4)
     study = Study(task, task.load_model(), task.load_dataset("train"), tmp_path, Runtime())
     plan = Plan([study.layers], [range(start, start + tile) for start in range(0, 6, tile)], 0, {}, 0.0)
-    with pytest.raises(UserError, match="measurement .* 4 to 4 is nan"):
+    with pytest.raises(UserError, match="measurement .* examples 4 is nan"):
         compute_pairwise_scores(study, {"identity": {}}, task.load_dataset("validation"), plan, 1e-3, 1, 7)
 
 

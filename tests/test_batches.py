@@ -1,11 +1,15 @@
 """Which examples meet in a batch, and what happens when a batch finds too little memory: never other numbers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from influence_core import analysis
 from influence_core.errors import UserError
 from influence_core.factors import fit
+from influence_core.runtime import Runtime
+from influence_core.scores import plan as planning
 from tests.studies import recomposed_factors, score_tiny
 from tests.test_invariance import assert_same_numbers, plain  # noqa: F401 (a fixture)
 from tests.tiny import TinyTask
@@ -79,3 +83,36 @@ def test_other_errors_are_not_taken_for_too_little_memory(tmp_path):
     task = NotingTask(room=2, error=RuntimeError("something else"))
     with pytest.raises(RuntimeError, match="something else"):
         score_tiny(tmp_path, task)
+
+
+@pytest.mark.parametrize("room", [1000, 2])
+def test_what_is_held_makes_room_before_a_batch_is_halved(tmp_path, plain, monkeypatch, capsys, room):  # noqa: F811
+    """Batches of 7 wait until 28 examples are scored together, but every third run finds too little memory."""
+
+    class Tight(NotingTask):
+        def train_loss(self, model, batch, sample_labels=None):
+            self.runs = getattr(self, "runs", 0) + (sample_labels is None and len(batch["tokens"]) > 2)
+            if sample_labels is None and len(batch["tokens"]) > 2 and self.runs % 3 == 0:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().train_loss(model, batch, sample_labels)
+
+    def make_plan(*arguments):
+        return replace(planning.make_plan(*arguments), scored_at_once=28)
+
+    monkeypatch.setattr(analysis, "make_plan", make_plan)
+    task = Tight(room, torch.OutOfMemoryError("CUDA out of memory"))
+    assert_same_numbers(plain, score_tiny(tmp_path, task), recomposed_factors(tmp_path))
+    said = capsys.readouterr().out
+    assert ("7 examples in a batch: going on" in said) is (room == 2)
+
+
+def test_jobs_side_by_side_come_back_in_order(monkeypatch):
+    """The results of one after the other; a job's error reaches the caller, and the number of threads is as before."""
+    monkeypatch.setattr(Runtime, "num_workers", 3)
+    matrices = [torch.eye(size, dtype=torch.float64) * size for size in range(1, 30)]
+    threads = torch.get_num_threads()
+    traces = list(Runtime().map_parallel(lambda matrix: float(torch.linalg.eigvalsh(matrix).sum()), matrices))
+    assert traces == pytest.approx([size**2 for size in range(1, 30)])
+    with pytest.raises(ZeroDivisionError):
+        list(Runtime().map_parallel(lambda number: 1 / number, [1, 0, 2]))
+    assert torch.get_num_threads() == threads

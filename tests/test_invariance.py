@@ -14,7 +14,7 @@ from influence_core.factors import lambdas
 from influence_core.passes import GradientPass
 from influence_core.precision import Precision
 from influence_core.runtime import Runtime
-from influence_core.scores import pairwise
+from influence_core.scores import gradients as making
 from influence_core.scores import plan as planning
 from tests.studies import STRATEGIES, make_study, recomposed_factors, score, score_tiny
 from tests.test_exactness import SEED, load, relative_error
@@ -49,7 +49,7 @@ def test_batch_sizes_do_not_matter(tmp_path, plain, query, train, factor):
 def test_how_many_gradients_are_held_at_once_does_not_matter(tmp_path, monkeypatch, plain, chunk):
     """Batches cut into chunks of examples, in Lambda and in the scores' both passes; the last chunk is smaller."""
     monkeypatch.setattr(lambdas, "lambda_chunk", lambda *_: chunk)
-    monkeypatch.setattr(pairwise, "gradient_chunk", lambda *_: chunk)
+    monkeypatch.setattr(making, "gradient_chunk", lambda *_: chunk)
     scores = score_tiny(tmp_path)
     assert_same_numbers(plain, scores, recomposed_factors(tmp_path))
 
@@ -62,7 +62,7 @@ def test_how_many_examples_are_scored_at_once_does_not_matter(tmp_path, monkeypa
         return replace(planning.make_plan(*arguments), scored_at_once=scored_at_once)
 
     monkeypatch.setattr(analysis, "make_plan", make_plan)
-    monkeypatch.setattr(pairwise, "gradient_chunk", lambda *_: chunk)
+    monkeypatch.setattr(making, "gradient_chunk", lambda *_: chunk)
     assert_same_numbers(plain, score_tiny(tmp_path), recomposed_factors(tmp_path))
 
 
@@ -167,7 +167,7 @@ def test_the_memory_budget_does_not_matter(tmp_path, monkeypatch, plain):
 
     monkeypatch.setattr(analysis, "make_plan", make_plan)
     monkeypatch.setattr(Runtime, "used_memory", lambda self: 0)
-    monkeypatch.setattr(planning, "CHUNK_BYTES", 0)  # the logits' share would dwarf this model
+    monkeypatch.setattr(planning, "CHUNK_BYTES", {"cpu": 0})  # the logits' share would dwarf this model
     small = {"factor_batch_size": 1, "query_batch_size": 1, "train_batch_size": 2}  # so that a batch is not the most
     budget = 1000
     while not plans or plans[-1].num_passes > 1:

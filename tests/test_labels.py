@@ -96,6 +96,14 @@ def test_a_category_of_no_probability_is_never_drawn(zeros, scale):
         assert (weights.gather(1, labels[:, None]) > 0).all(), uniform
 
 
+@pytest.mark.parametrize("num_categories", [4, 64, 200])
+def test_weights_that_are_no_numbers_give_labels_all_the_same(num_categories):
+    """A diverged model is told by its loss, not by an index out of range."""
+    weights = torch.full((3, num_categories), float("nan"))
+    labels = sample_categorical(weights, torch.tensor([0.0, 0.5, 1 - 2.0**-24]))
+    assert ((labels >= 0) & (labels < num_categories)).all()
+
+
 def test_a_large_vocabulary_has_its_last_category():
     """Rounding in a cumulative sum of 50,257 must not make labels that are none."""
     weights = torch.rand(64, 50257, generator=generator())
@@ -127,7 +135,7 @@ def loss_case(sampled=False):
 @pytest.mark.parametrize("sampled", [False, True], ids=["labels", "sampled labels"])
 def test_linear_cross_entropy_equals_the_plain_one(monkeypatch, chunk_bytes, wanted, sampled):
     """Value and gradients against F.cross_entropy of whole logits; 38 positions carry loss, so chunks are uneven."""
-    monkeypatch.setattr(losses, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(losses, "CHUNK_BYTES", {"cpu": chunk_bytes})
     hidden, weight, labels, uniforms = loss_case(sampled)
     hidden.requires_grad_(wanted in ("both", "hidden"))
     weight.requires_grad_(wanted in ("both", "weight"))

@@ -126,7 +126,7 @@ def unequal_memory(directory, runtime):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Runtime, "used_memory", lambda self: 0)
         patch.setattr(Runtime, "free_memory", lambda self: enough - self.rank)
-        patch.setattr(planning, "CHUNK_BYTES", 0)  # the logits' share would dwarf this model
+        patch.setattr(planning, "CHUNK_BYTES", {"cpu": 0})  # the logits' share would dwarf this model
         patch.setattr(analysis, "make_plan", make_plan)
         scores = score(make_study(directory / str(runtime.world_size), runtime=runtime))
     needed = max(plans[0].peak_bytes[stage] for stage in ("query gradients", "training pass"))

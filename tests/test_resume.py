@@ -1,6 +1,7 @@
 """A run that was stopped inside a stage and started again, against one that was not: the same bytes, nothing twice."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from influence_core import analysis
 from influence_core.factors import fit
 from influence_core.runtime import Runtime
+from influence_core.scores import plan as planning
 from influence_core.scores.plan import Plan
 from influence_core.task import EXAMPLE_INDEX
 from tests.studies import make_study, score
@@ -143,6 +145,32 @@ def test_a_run_of_several_passes_goes_on_in_the_pass_where_it_was(tmp_path, monk
     for strategy, expected in whole_scores.items():
         assert torch.equal(scores[strategy], expected), strategy
     assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("stop_after", [14 + 1, 14 + 2, 14 + 3, 14 + 5])
+def test_batches_that_were_held_are_taken_again(tmp_path, monkeypatch, whole, stop_after):
+    """Two batches wait until they are scored together; progress counts those that were scored."""
+
+    def make_plan(*arguments):
+        return replace(planning.make_plan(*arguments), scored_at_once=14)
+
+    monkeypatch.setattr(analysis, "make_plan", make_plan)
+    first, scores = start(tmp_path, stop_after)
+    assert scores is None
+    second, scores = start(tmp_path)
+    num_scored = (stop_after - 14) // 2 * 2
+    assert second.losses == whole[0].losses[14 + num_scored :]
+    torch.testing.assert_close(scores["ekfac"], whole[1]["ekfac"], rtol=1e-12, atol=1e-12)
+
+
+def test_progress_in_another_order_is_not_gone_on_from(tmp_path, monkeypatch, whole):
+    """The control: what was done are the first examples of an order; in another one they are others."""
+
+    start(tmp_path, 3)
+    monkeypatch.setattr(StoppingTask, "length", lambda self, example: 1)
+    task, scores = start(tmp_path)
+    assert len(task.losses) == len(whole[0].losses), "examples of another order were taken for done"
+    torch.testing.assert_close(scores["ekfac"], whole[1]["ekfac"], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("stop_after", [3, 9, 16])

@@ -29,7 +29,7 @@ class TinyModel(nn.Module):
 
     def hidden(self, tokens, mask):
         x = self.embedding(tokens) * mask.unsqueeze(-1)
-        x = x + 0.5 * x.roll(1, dims=1) * (torch.arange(x.shape[1]) > 0).unsqueeze(-1)
+        x = x + 0.5 * x.roll(1, dims=1) * (torch.arange(x.shape[1], device=x.device) > 0).unsqueeze(-1)
         x = torch.tanh(self.first(x))
         x = self.dropout(torch.tanh(self.second(x)))
         if self.shared:

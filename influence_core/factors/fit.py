@@ -96,11 +96,12 @@ def _perform_eigendecomposition(study: Study, store: StageStore, covariance_stor
 
         clock = study.progress_clock()
         with runtime.progress(len(mine), "Perform Eigendecomposition", unit="matrix") as bar:
-            for job, (values, vectors) in zip(mine, runtime.map_parallel(decompose, mine)):
+            for (values, vectors), job in zip(runtime.map_parallel(decompose, mine), mine):
                 done |= {_named("eigenvalues", job): values, _named("eigenvectors", job): vectors}
                 bar.update()
                 if clock.is_due():
                     store.save_progress(partition, len(done), done)
+        covariances.clear()  # also those that other processes decomposed
         for number, job in enumerate(jobs):
             for part, shape in (("eigenvalues", (sizes[job],)), ("eigenvectors", (sizes[job], sizes[job]))):
                 tensor = done.get(_named(part, job))
@@ -149,7 +150,7 @@ def _accumulate(study: Study, store: StageStore, sums: Sums, batch_size: int, de
     there. With the same batch size it makes the same batches, and so ends with the same numbers.
     """
     runtime, order = study.runtime, study.train_order
-    partition = {"rank": runtime.rank, "world_size": runtime.world_size}
+    partition = {"rank": runtime.rank, "world_size": runtime.world_size, "order": study.train_order_digest}
     done = 0
     progress = store.load_progress(partition)
     if progress is not None:

@@ -20,7 +20,8 @@ from influence_core.factors.strategies import Damping, Preconditioner, find_stra
 from influence_core.fingerprints import dataset_fingerprint
 from influence_core.layers import TrackedLayer
 from influence_core.passes import Captured
-from influence_core.scores.plan import Plan, gradient_chunk
+from influence_core.scores.gradients import PerSampleGradients
+from influence_core.scores.plan import Plan
 from influence_core.storage import StageStore, Tensors
 from influence_core.study import Study
 
@@ -95,7 +96,7 @@ class _PairwiseJob:
         self.strategy_names, self.factor_stores = strategy_names, factor_stores
         self.query_dataset, self.plan, self.damping = query_dataset, plan, damping
         self.query_batch_size, self.train_batch_size = query_batch_size, train_batch_size
-        self.buffer: Tensor | None = None
+        self.gradients = PerSampleGradients(study)
         self.columns = share(len(study.train_dataset), study.runtime)  # this process's training examples
         self.scores = torch.zeros(
             len(strategy_names),
@@ -114,6 +115,7 @@ class _PairwiseJob:
         partition = {
             "rank": runtime.rank,
             "world_size": runtime.world_size,
+            "order": self.study.train_order_digest,
             "strategies": self.strategy_names,
             "made_by": made_by,
             "layers": [len(group) for group in plan.layer_groups],
@@ -211,76 +213,57 @@ class _PairwiseJob:
         self, group: list[TrackedLayer], tile: range, resident: dict[str, Tensor], done: int, label: str
     ):
         """Add the group's scores, batch by batch; yields the number of examples done."""
-        study, runtime, precision = self.study, self.runtime, self.runtime.precision
-        order = study.train_order
+        study, order = self.study, self.study.train_order
         with (
-            runtime.progress(len(order), f"Compute Pairwise Score{label}", initial=done) as bar,
+            self.runtime.progress(len(order), f"Compute Pairwise Score{label}", initial=done) as bar,
             study.gradient_pass(study.task.train_loss, group) as run,
         ):
-            captures = study.captures(run, study.train_dataset, order[done:], self.train_batch_size, "training loss")
-            held: list[dict[str, Captured]] = []  # batches that wait until there are enough examples for a good product
-            num_held = 0
-            for indices, captured in captures:
-                held.append(captured)
-                num_held += len(indices)
-                if num_held < self.plan.scored_at_once and done + num_held < len(order):
-                    continue
-                # Scores of these examples alone, of all strategies' queries: each layer adds to them in place.
-                block = self.scores.new_zeros(len(self.strategy_names) * len(tile), num_held)
-                for layer in group:
-                    for rows, gradients in self._flat_gradients(layer, [batch.pop(layer.name) for batch in held]):
-                        precision.add_matmul(block[:, rows], resident[layer.name], gradients.t())
-                columns = runtime.send(torch.tensor(order[done : done + num_held]) - self.columns.start)
-                self.scores[:, tile.start : tile.stop].index_add_(
-                    2, columns, block.view(len(self.strategy_names), len(tile), num_held)
-                )
-                done += num_held
-                bar.update(num_held)
-                held, num_held = [], 0
-                yield done
+            held: list[tuple[list[int], dict[str, Captured]]] = []  # batches that wait for a good product
+
+            def score_held() -> bool:
+                """Score the batches that wait, if any does."""
+                indices = [index for batch, _ in held for index in batch]
+                if indices:
+                    self._add_scores(group, tile, resident, indices, [captured for _, captured in held])
+                    held.clear()
+                    bar.update(len(indices))
+                return bool(indices)
+
+            for indices, captured in study.captures(
+                run, study.train_dataset, order[done:], self.train_batch_size, "training loss", make_room=score_held
+            ):
+                held.append((indices, captured))
+                done += len(indices)
+                if sum(len(batch) for batch, _ in held) >= self.plan.scored_at_once or done == len(order):
+                    score_held()
+                    yield done
+
+    def _add_scores(
+        self,
+        group: list[TrackedLayer],
+        tile: range,
+        resident: dict[str, Tensor],
+        indices: list[int],
+        batches: list[dict[str, Captured]],
+    ) -> None:
+        """Add the group's part to the scores of these training examples."""
+        runtime = self.runtime
+        # Scores of these examples alone, of all strategies' queries: each layer adds to them in place.
+        block = self.scores.new_zeros(len(self.strategy_names) * len(tile), len(indices))
+        for layer in group:
+            for rows, gradients in self.gradients.flat(layer, [captured.pop(layer.name) for captured in batches]):
+                runtime.precision.add_matmul(block[:, rows], resident[layer.name], gradients.t())
+        columns = runtime.send(torch.tensor(indices) - self.columns.start)
+        self.scores[:, tile.start : tile.stop].index_add_(
+            2, columns, block.view(len(self.strategy_names), len(tile), len(indices))
+        )
 
     def _preconditioned(self, layer: TrackedLayer, preconditioner: Preconditioner, captured: Captured):
         """(rows, an iterator over strategies of [rows, out, in(+1)]), a few rows at a time."""
         if self.study.task.post_processes:
-            for rows, gradients in self._flat_gradients(layer, [captured]):
+            for rows, gradients in self.gradients.flat(layer, [captured]):
                 yield rows, preconditioner.of_gradients(layer.to_matrix(gradients))
             return
         activations, output_gradients = captured.at_active_positions()
-        for rows in self._chunks(layer, len(activations)):
+        for rows in self.gradients.chunks(layer, len(activations)):
             yield rows, preconditioner.of_positions(activations[rows], output_gradients[rows])
-
-    def _chunks(self, layer: TrackedLayer, num_examples: int):
-        """Examples whose gradients are made at once."""
-        chunk = gradient_chunk(layer, self.runtime.precision.product_dtype.itemsize)
-        for start in range(0, num_examples, chunk):
-            yield slice(start, min(start + chunk, num_examples))
-
-    def _flat_gradients(self, layer: TrackedLayer, batches: list[Captured]):
-        """(which of all the batches' examples, their gradients [examples, parameters] as operands of products)."""
-        precision, task, first = self.runtime.precision, self.study.task, 0
-        pairs = [captured.at_active_positions() for captured in batches]
-        if task.post_processes:
-            for activations, output_gradients in pairs:
-                gradients = layer.to_matrix(layer.flat_gradients(activations, output_gradients))
-                gradients = layer.to_flat(task.post_process_per_sample_gradient(layer.name, gradients))
-                yield slice(first, first + len(gradients)), precision.operand(gradients)
-                first += len(gradients)
-            return
-        for examples in self._chunks(layer, sum(len(activations) for activations, _ in pairs)):
-            gradients, first = self._buffer(layer, pairs[0][0], examples.stop - examples.start), 0
-            for activations, output_gradients in pairs:
-                # The part of this batch that lies in the chunk.
-                start, stop = max(examples.start, first), min(examples.stop, first + len(activations))
-                if start < stop:
-                    rows = slice(start - first, stop - first)
-                    out = gradients[start - examples.start : stop - examples.start]
-                    layer.flat_gradients(activations[rows], output_gradients[rows], out=out)
-                first += len(activations)
-            yield examples, precision.operand(gradients)
-
-    def _buffer(self, layer: TrackedLayer, like: Tensor, num_examples: int) -> Tensor:
-        """[examples, parameters] to write into, always the same memory: on a CPU, fresh pages cost like a product."""
-        size = num_examples * layer.num_parameters
-        if self.buffer is None or self.buffer.numel() < size:
-            self.buffer = like.new_empty(size)
-        return self.buffer[:size].view(num_examples, layer.num_parameters)

@@ -140,7 +140,7 @@ def _peaks(group: list[TrackedLayer], work: Work, tile_size: int, scored_at_once
     """Bytes beyond what is in use, for the stages that the plan can shape."""
     resident = tile_size * work.num_strategies * sum(layer.num_parameters for layer in group) * work.operand_bytes
     scores = work.num_rows * -(-work.num_train // work.num_processes) * work.sum_bytes
-    logits = 3 * CHUNK_BYTES
+    logits = 3 * CHUNK_BYTES[work.device_type]
     buffers = {}
     scored_at_once = max(scored_at_once, work.train_batch_size)
     for name, size in (("query", work.query_batch_size), ("train", scored_at_once)):
@@ -179,7 +179,7 @@ def fit_peaks(layers: list[TrackedLayer], work: Work) -> dict[str, int]:
     """Bytes beyond what is in use, of the factor stages."""
     peaks = {}
     squares = sum(size * size for layer in layers for size in layer.shape) * work.sum_bytes
-    batch = work.factor_batch_size * work.train.num_bytes + work.train.fixed_bytes + 3 * CHUNK_BYTES
+    batch = work.factor_batch_size * work.train.num_bytes + work.train.fixed_bytes + 3 * CHUNK_BYTES[work.device_type]
     if work.num_in_eigenbasis:
         peaks["covariance"] = squares + batch
         largest = max(max(layer.shape) for layer in layers)
@@ -262,6 +262,8 @@ def describe_plan(plan: Plan, layers: list[TrackedLayer], work: Work, in_use: in
     passes = f"{plan.num_passes} over the training set"
     if plan.num_passes > 1:
         passes += f" ({len(plan.layer_groups)} groups of layers x {len(plan.query_tiles)} tiles of queries)"
+    if plan.scored_at_once > work.train_batch_size:
+        passes += f", {plan.scored_at_once} examples scored at once"
     disk = factor_bytes(layers, work) + work.num_rows * work.num_train * 4
     rows = {
         "tracked": f"{len(layers)} layers, {sum(layer.num_parameters for layer in layers):,} parameters",

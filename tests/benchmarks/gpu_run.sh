@@ -10,6 +10,6 @@ cd "$(dirname "$0")/../.."
 out=${1:-benchmark_results}
 export PYTHONPATH="$PWD:$(printf '%s:' benchmark_inputs/wheels/*.whl)" PYTHONUNBUFFERED=1
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
-python3 -m pytest -q -m gpu tests || echo "GPU TESTS FAILED"
+python3 -m pytest -q tests/test_gpu.py || echo "GPU TESTS FAILED"
 python3 -m tests.benchmarks.compare_with_kronfluence --setting GPU --half --out "$out/gpu_bfloat16.json"
 python3 -m tests.benchmarks.compare_with_kronfluence --setting GPU --tf32 --skip_memory --out "$out/gpu_tf32.json"
