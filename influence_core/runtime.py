@@ -60,7 +60,8 @@ class Runtime:
             torch.cuda.set_device(device)
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums are float32
         precision = Precision.choose(device, use_half_precision, use_tf32)
-        torch.backends.cuda.matmul.allow_tf32 = precision.tf32
+        if device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = precision.tf32
         if use_ddp:
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(minutes=30))
@@ -141,7 +142,7 @@ class Runtime:
             yield from map(function, items)
             return
         executor = ThreadPoolExecutor(
-            num_workers, initializer=torch.set_num_threads, initargs=(num_threads // num_workers,)
+            num_workers, initializer=torch.set_num_threads, initargs=(max(1, num_threads // num_workers),)
         )
         try:
             yield from executor.map(function, items)

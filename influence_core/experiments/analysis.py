@@ -28,7 +28,7 @@ def main(task_class: type[ExampleTask], description: str, argv: list[str] | None
 def _analyze(task_class: type[ExampleTask], arguments) -> None:
     require_checkpoint(task_class, arguments)
     runtime = Runtime.start(
-        arguments.use_ddp, arguments.use_half_precision, arguments.use_compile, arguments.seed, arguments.use_tf32
+        arguments.use_ddp, arguments.use_half_precision, arguments.use_compile, arguments.seed, bool(arguments.use_tf32)
     )
     try:
         task = task_class(**arguments.task)
