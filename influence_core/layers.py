@@ -60,6 +60,13 @@ class TrackedLayer:
         weight = flat[:, : o * i].view(-1, o, i)
         return torch.cat([weight, flat[:, o * i :].unsqueeze(-1)], dim=-1) if self.has_bias else weight
 
+    def store_flat(self, matrix: Tensor, rows: Tensor, into: Tensor) -> None:
+        """into[rows] = to_flat(matrix), without a copy between; `into` [any number, out*in(+out)], of any dtype."""
+        o, i = self.out_features, self.in_features
+        into[:, : o * i].view(-1, o, i)[rows] = matrix[..., :i].to(into.dtype)
+        if self.has_bias:
+            into[rows, o * i :] = matrix[..., i].to(into.dtype)
+
     def to_flat(self, matrix: Tensor) -> Tensor:
         """[n, out, in(+1)] -> [n, out*in(+out)]."""
         weight = matrix[..., : self.in_features].flatten(1)

@@ -15,6 +15,7 @@ from influence_core.passes import GradientPass
 from influence_core.precision import Precision
 from influence_core.runtime import Runtime
 from influence_core.scores import gradients as making
+from influence_core.scores import pairwise
 from influence_core.scores import plan as planning
 from tests.studies import STRATEGIES, make_study, recomposed_factors, score, score_tiny
 from tests.test_exactness import SEED, load, relative_error
@@ -50,6 +51,7 @@ def test_how_many_gradients_are_held_at_once_does_not_matter(tmp_path, monkeypat
     """Batches cut into chunks of examples, in Lambda and in the scores' both passes; the last chunk is smaller."""
     monkeypatch.setattr(lambdas, "lambda_chunk", lambda *_: chunk)
     monkeypatch.setattr(making, "gradient_chunk", lambda *_: chunk)
+    monkeypatch.setattr(pairwise, "preconditioning_chunk", lambda *_: chunk)
     scores = score_tiny(tmp_path)
     assert_same_numbers(plain, scores, recomposed_factors(tmp_path))
 

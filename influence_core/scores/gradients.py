@@ -10,18 +10,18 @@ from influence_core.scores.plan import gradient_chunk
 from influence_core.study import Study
 
 
+def slices(size: int, chunk: int) -> Iterator[slice]:
+    """0 … size, cut into chunks."""
+    for start in range(0, size, chunk):
+        yield slice(start, min(start + chunk, size))
+
+
 class PerSampleGradients:
     """Makes them, a few at a time, in a buffer that is used again and again."""
 
     def __init__(self, study: Study):
         self.task, self.precision = study.task, study.runtime.precision
         self.buffer: Tensor | None = None
-
-    def chunks(self, layer: TrackedLayer, num_examples: int) -> Iterator[slice]:
-        """Examples whose gradients are made at once."""
-        chunk = gradient_chunk(layer, self.precision.product_dtype.itemsize)
-        for start in range(0, num_examples, chunk):
-            yield slice(start, min(start + chunk, num_examples))
 
     def flat(self, layer: TrackedLayer, batches: list[Captured]) -> Iterator[tuple[slice, Tensor]]:
         """(which of all the batches' examples, their gradients [examples, parameters] as operands of products)."""
@@ -34,7 +34,8 @@ class PerSampleGradients:
                 yield slice(first, first + len(gradients)), precision.operand(gradients)
                 first += len(gradients)
             return
-        for examples in self.chunks(layer, sum(len(activations) for activations, _ in pairs)):
+        chunk = gradient_chunk(layer, precision.product_dtype.itemsize)
+        for examples in slices(sum(len(activations) for activations, _ in pairs), chunk):
             gradients, first = self._buffer(layer, pairs[0][0], examples.stop - examples.start), 0
             for activations, output_gradients in pairs:
                 # The part of this batch that lies in the chunk.

@@ -20,8 +20,8 @@ from influence_core.factors.strategies import Damping, Preconditioner, find_stra
 from influence_core.fingerprints import dataset_fingerprint
 from influence_core.layers import TrackedLayer
 from influence_core.passes import Captured
-from influence_core.scores.gradients import PerSampleGradients
-from influence_core.scores.plan import Plan
+from influence_core.scores.gradients import PerSampleGradients, slices
+from influence_core.scores.plan import Plan, preconditioning_chunk
 from influence_core.storage import StageStore, Tensors
 from influence_core.study import Study
 
@@ -204,7 +204,7 @@ class _PairwiseJob:
                     preconditioner = preconditioners[layer.name]
                     for rows, gradients in self._preconditioned(layer, preconditioner, captured.pop(layer.name)):
                         for block, matrices in zip(resident[layer.name], gradients):
-                            block[positions[rows]] = layer.to_flat(matrices).to(block.dtype)
+                            layer.store_flat(matrices, positions[rows], into=block)
                 bar.update(len(indices))
         runtime.all_reduce(resident.values())  # each process filled the rows of its own queries
         return {name: block.flatten(0, 1) for name, block in resident.items()}
@@ -265,5 +265,6 @@ class _PairwiseJob:
                 yield rows, preconditioner.of_gradients(layer.to_matrix(gradients))
             return
         activations, output_gradients = captured.at_active_positions()
-        for rows in self.gradients.chunks(layer, len(activations)):
+        dtype, device = self.runtime.precision.sum_dtype, self.runtime.device
+        for rows in slices(len(activations), preconditioning_chunk(layer, dtype.itemsize, device.type)):
             yield rows, preconditioner.of_positions(activations[rows], output_gradients[rows])

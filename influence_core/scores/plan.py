@@ -16,6 +16,9 @@ from influence_core.losses import CHUNK_BYTES
 from influence_core.passes import Probe
 
 GRADIENT_BUFFER_BYTES = 512 << 20  # at most, of the per-sample gradients of a layer made at once
+# At most, of the query gradients of a layer preconditioned at once: on a CPU so few that they stay in its cache between
+# the four products.
+PRECONDITIONED_BYTES = {"cpu": 6 << 20, "cuda": 512 << 20}
 SCORED_AT_ONCE = 64  # training examples: their products with all resident queries read these only once
 
 
@@ -110,6 +113,11 @@ def gradient_chunk(layer: TrackedLayer, itemsize: int) -> int:
     return max(1, GRADIENT_BUFFER_BYTES // (layer.num_parameters * itemsize))
 
 
+def preconditioning_chunk(layer: TrackedLayer, itemsize: int, device_type: str) -> int:
+    """Query gradients of a layer that are preconditioned at once, at most."""
+    return max(1, PRECONDITIONED_BYTES[device_type] // (layer.num_parameters * itemsize))
+
+
 def _fill_groups(
     layers: list[TrackedLayer], work: Work, tile_size: int, budget: int
 ) -> list[list[TrackedLayer]] | None:
@@ -141,24 +149,25 @@ def _peaks(group: list[TrackedLayer], work: Work, tile_size: int, scored_at_once
     resident = tile_size * work.num_strategies * sum(layer.num_parameters for layer in group) * work.operand_bytes
     scores = work.num_rows * -(-work.num_train // work.num_processes) * work.sum_bytes
     logits = 3 * CHUNK_BYTES[work.device_type]
-    buffers = {}
     scored_at_once = max(scored_at_once, work.train_batch_size)
-    for name, size in (("query", work.query_batch_size), ("train", scored_at_once)):
-        buffers[name] = max(
-            min(size, gradient_chunk(layer, work.product_bytes)) * layer.num_parameters for layer in group
-        )
+    query_buffer = train_buffer = 0  # numbers, in gradients of a layer that are at hand at once
+    for layer in group:
+        at_once = preconditioning_chunk(layer, work.sum_bytes, work.device_type)
+        query_buffer = max(query_buffer, min(work.query_batch_size, at_once) * layer.num_parameters)
+        at_once = gradient_chunk(layer, work.product_bytes)
+        train_buffer = max(train_buffer, min(scored_at_once, at_once) * layer.num_parameters)
     factors = factor_bytes(group, work, preconditioners=True)
     # A query's gradient is held flat, as a matrix, and twice while it is rotated.
     query = (
         work.query_batch_size * work.query.num_bytes
         + work.query.fixed_bytes
-        + buffers["query"] * (work.product_bytes + 3 * work.sum_bytes)
+        + query_buffer * (work.product_bytes + 3 * work.sum_bytes)
     )
     train = (
         work.train_batch_size * work.train.num_bytes
         + work.train.fixed_bytes
         + (scored_at_once - work.train_batch_size) * work.train.captured_bytes
-        + buffers["train"] * work.product_bytes
+        + train_buffer * work.product_bytes
     )
     return {
         "query gradients": resident + scores + factors + query + logits,
