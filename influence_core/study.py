@@ -145,8 +145,9 @@ class Study:
             indices = order[done : done + batch_size]
             result = self._run_if_it_fits(run, dataset, indices)
             if result is None:
+                made_room = make_room()
                 self.runtime.release_cached_memory()
-                if make_room():
+                if made_room:
                     continue
                 if len(indices) == 1:
                     raise UserError(f"out of memory with a single example in a batch (the {what} of {indices[0]})")
