@@ -26,15 +26,17 @@ def main():
     parser.add_argument("example", help="folder of analyze.py")
     parser.add_argument("--num_processes", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("flags", nargs="*", help="of analyze.py, after --")
-    arguments = parser.parse_args()
+    own, flags = sys.argv[1:], []
+    if "--" in own:
+        own, flags = own[: own.index("--")], own[own.index("--") + 1 :]
+    arguments = parser.parse_args(own)
     seconds = {number: {stage: [] for stage in STAGES} for number in arguments.num_processes}
     results = {}
     with tempfile.TemporaryDirectory() as directory:
         for _ in range(arguments.repeats):
             for number in arguments.num_processes:
                 output_dir = Path(directory, str(number))
-                for stage, value in analyze(arguments.example, number, output_dir, arguments.flags).items():
+                for stage, value in analyze(arguments.example, number, output_dir, flags).items():
                     seconds[number][stage].append(value)
                 results[number] = stored(output_dir)
     first = arguments.num_processes[0]
