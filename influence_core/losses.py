@@ -10,11 +10,35 @@ import torch
 from torch import Tensor
 
 from influence_core.labels import sample_categorical
-from influence_core.precision import active_precision
+from influence_core.precision import Precision, active_precision
 
 # Positions whose logits are held at once, enough for products at full speed; and bytes of these logits, at most.
 CHUNK_ROWS = {"cpu": 512, "cuda": 8192}
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+
+
+# On a CPU, rows of logits that begin at the same place in a cache line, and products with so many categories at once:
+# together a third faster than one product into rows of 50,257.
+ALIGNMENT, CATEGORIES_AT_ONCE = 16, 512
+
+
+def _logit_buffer(num_rows: int, num_categories: int, like: Tensor) -> Tensor | None:
+    """On a CPU, memory that every chunk uses again (fresh pages cost like a product); its last columns are padding."""
+    if like.device.type != "cpu":
+        return None
+    return like.new_empty(num_rows, -(-num_categories // ALIGNMENT) * ALIGNMENT)
+
+
+def _logits(precision: Precision, hidden: Tensor, weight: Tensor, buffer: Tensor | None) -> Tensor:
+    """[positions, categories], and where there is a buffer -inf in the columns beyond them."""
+    if buffer is None:
+        return precision.matmul(hidden, weight.t())
+    logits = buffer[: len(hidden)]
+    for start in range(0, len(weight), CATEGORIES_AT_ONCE):
+        block = weight[start : start + CATEGORIES_AT_ONCE]
+        precision.matmul(hidden, block.t(), out=logits[:, start : start + len(block)])
+    logits[:, len(weight) :] = float("-inf")
+    return logits
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -27,30 +51,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = hidden.new_zeros((), dtype=precision.sum_dtype)
         most = CHUNK_BYTES[hidden.device.type] // (weight.shape[0] * loss.element_size())
         chunk = min(CHUNK_ROWS[hidden.device.type], max(16, most))
-        buffer = None
-        if hidden.device.type == "cpu":  # the same memory for every chunk: fresh pages cost like a product
-            buffer = loss.new_empty(min(chunk, len(hidden)), weight.shape[0])
+        buffer = _logit_buffer(min(chunk, len(hidden)), len(weight), loss)
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            operands = precision.operand(hidden[rows])
-            logits = precision.matmul(
-                operands, operand_weight.t(), out=None if buffer is None else buffer[: len(operands)]
-            )
+            logits = _logits(precision, precision.operand(hidden[rows]), operand_weight, buffer)
             maximum = logits.amax(-1, keepdim=True)
-            target_logit = None if labels is None else logits.gather(-1, labels[rows, None]) - maximum
-            weights = logits.sub_(maximum).exp_()
-            total = weights.sum(-1, keepdim=True)
-            if labels is None:  # a category is sampled only where its weight is not zero
-                target = sample_categorical(weights, uniforms[rows]).unsqueeze(-1)
-                target_logit = weights.gather(-1, target).clamp_min(torch.finfo(weights.dtype).tiny).log()
-            else:
+            target_logit = None if labels is None else logits.gather(-1, labels[rows, None])
+            probabilities = torch.softmax(logits, -1, out=None if buffer is None else logits)
+            if labels is None:  # a category is sampled only where its probability is not zero
+                target = sample_categorical(probabilities[:, : len(weight)], uniforms[rows]).unsqueeze(-1)
+                log_likelihood = probabilities.gather(-1, target).clamp_min(torch.finfo(loss.dtype).tiny).log()
+            else:  # the largest probability gives log sum exp: unlike the target's it never rounds to zero
                 target = labels[rows, None]
-            loss += (total.log() - target_logit).sum()
+                log_likelihood = target_logit - maximum + probabilities.amax(-1, keepdim=True).log()
+            loss -= log_likelihood.sum()
             if hidden_gradient is None and weight_gradient is None:
                 continue
-            logit_gradient = weights.div_(total)  # softmax - onehot
-            logit_gradient.scatter_add_(-1, target, torch.full_like(total, -1.0))
-            logit_gradient = precision.operand(logit_gradient)
+            logit_gradient = probabilities.scatter_add_(-1, target, torch.full_like(maximum, -1.0))
+            logit_gradient = precision.operand(logit_gradient[:, : len(weight)])
             if hidden_gradient is not None:
                 hidden_gradient[rows] = precision.matmul(logit_gradient, operand_weight)
             if weight_gradient is not None:

@@ -93,15 +93,16 @@ class Precision:
     def matmul(self, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         """a @ b for matrices (or batches of them) that `operand` made, accumulated and returned in sum_dtype.
 
-        `out`, where given, may be written to and returned.
+        `out`, where given, is written to and returned.
         """
         if a.dtype == self.sum_dtype:
             return torch.matmul(a, b, out=out)
         if a.is_cuda:
             product = torch.mm if a.dim() == 2 else torch.bmm
-            return product(a, b, out_dtype=self.sum_dtype)
+            result = product(a, b, out_dtype=self.sum_dtype)
+            return result if out is None else out.copy_(result)
         with torch.autocast(a.device.type, enabled=False):
-            return a.to(self.sum_dtype) @ b.to(self.sum_dtype)
+            return torch.matmul(a.to(self.sum_dtype), b.to(self.sum_dtype), out=out)
 
     def add_matmul(self, total: Tensor, a: Tensor, b: Tensor) -> None:
         """total += a @ b, total in sum_dtype."""
