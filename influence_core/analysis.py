@@ -13,7 +13,8 @@ from influence_core.layers import TrackedLayer
 from influence_core.passes import LossFunction, Probe
 from influence_core.runtime import is_out_of_memory
 from influence_core.scores.pairwise import compute_pairwise_scores, pairwise_score_store
-from influence_core.scores.plan import Plan, Work, describe_plan, make_plan, plan_flops
+from influence_core.scores.plan import Plan, Work, make_plan, plan_flops
+from influence_core.scores.plan_text import describe_plan
 from influence_core.storage import require_writable
 from influence_core.study import Study
 
@@ -79,6 +80,7 @@ def plan_analysis(study: Study, work: Work, memory_budget: int | None) -> Plan:
     study.runtime.print(describe_plan(plan, study.layers, work, in_use, budget))
     study.runtime.print(f"  numbers  {study.runtime.precision.description}, on {study.runtime.device}")
     study.planned_memory = in_use + max(plan.peak_bytes.values())
+    study.kept_bytes = plan.kept_bytes
     study.planned_flops = plan_flops(plan, study.layers, work)
     return plan
 

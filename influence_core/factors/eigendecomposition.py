@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+WIDE = 2048  # from this size on a decomposition uses several threads well; smaller ones go side by side
+
 
 def eigendecomposition(covariance: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (ascending, negative rounding noise set to 0) and eigenvectors of a covariance.

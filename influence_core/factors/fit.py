@@ -1,12 +1,14 @@
 """Fit the factors of a strategy, stage by stage; each stage finds its inputs on disk and leaves its result there."""
 
+import itertools
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from influence_core.factors.covariance import CovarianceSums
-from influence_core.factors.eigendecomposition import eigendecomposition
+from influence_core.factors.eigendecomposition import WIDE, eigendecomposition
+from influence_core.factors.kept import KeptCaptures
 from influence_core.factors.lambdas import LambdaSums
 from influence_core.factors.strategies import STRATEGIES, find_strategy
 from influence_core.layers import TrackedLayer
@@ -32,6 +34,7 @@ def fit_factors(study: Study, strategy_name: str, batch_size: int) -> dict[str, 
     strategy = find_strategy(strategy_name)
     name = study.result_name(strategy_name)
     stores: dict[str, StageStore] = {}
+    kept = KeptCaptures(study.kept_bytes if strategy.in_eigenbasis and strategy.needs_lambda else 0)
 
     def twins(stage: str, **settings) -> list[StageStore]:
         """The same stage of the other strategies that work in the eigenbasis: kfac's is ekfac's."""
@@ -42,7 +45,7 @@ def fit_factors(study: Study, strategy_name: str, batch_size: int) -> dict[str, 
         stores["covariance"] = study.factor_store(name, "covariance")
         with study.stage(stores["covariance"], twins("covariance")) as todo:
             if todo:
-                _fit_covariance(study, stores["covariance"], batch_size)
+                _fit_covariance(study, stores["covariance"], batch_size, kept)
         made_from = {"covariance": stores["covariance"].checksum()}
         stores["eigendecomposition"] = study.factor_store(name, "eigendecomposition", **made_from)
         with study.stage(stores["eigendecomposition"], twins("eigendecomposition", **made_from)) as todo:
@@ -53,7 +56,7 @@ def fit_factors(study: Study, strategy_name: str, batch_size: int) -> dict[str, 
         stores["lambda"] = study.factor_store(name, "lambda", basis=basis)
         with study.stage(stores["lambda"]) as todo:
             if todo:
-                _fit_lambda(study, stores["lambda"], stores.get("eigendecomposition"), batch_size)
+                _fit_lambda(study, stores["lambda"], stores.get("eigendecomposition"), batch_size, kept)
     return stores
 
 
@@ -65,10 +68,10 @@ def refuse_foreign_factors(study: Study, strategy_name: str) -> None:
         study.factor_store(study.result_name(strategy_name), stage).manifest()
 
 
-def _fit_covariance(study: Study, store: StageStore, batch_size: int) -> None:
+def _fit_covariance(study: Study, store: StageStore, batch_size: int, kept: KeptCaptures) -> None:
     with study.profiler("Fit Covariance"):
         sums = CovarianceSums(study.layers, study.runtime.precision, study.runtime.device)
-        _accumulate(study, store, sums, batch_size, "Fit Covariance")
+        _accumulate(study, store, sums, batch_size, "Fit Covariance", keep=kept)
         files, num_positions = sums.means(study.layers)
     with study.profiler("Save Covariance"):
         if study.runtime.is_main:
@@ -96,7 +99,9 @@ def _perform_eigendecomposition(study: Study, store: StageStore, covariance_stor
 
         clock = study.progress_clock()
         with runtime.progress(len(mine), "Perform Eigendecomposition", unit="matrix") as bar:
-            for (values, vectors), job in zip(runtime.map_parallel(decompose, mine), mine):
+            wide = sum(sizes[job] >= WIDE for job in mine)  # these, the first, get all threads one by one
+            results = itertools.chain(map(decompose, mine[:wide]), runtime.map_parallel(decompose, mine[wide:]))
+            for (values, vectors), job in zip(results, mine):
                 done |= {_named("eigenvalues", job): values, _named("eigenvectors", job): vectors}
                 bar.update()
                 if clock.is_due():
@@ -118,7 +123,13 @@ def _named(part: str, job: tuple[str, str]) -> str:
     return f"{job[0]}_{part}.{job[1]}"
 
 
-def _fit_lambda(study: Study, store: StageStore, eigendecomposition_store: StageStore | None, batch_size: int) -> None:
+def _fit_lambda(
+    study: Study,
+    store: StageStore,
+    eigendecomposition_store: StageStore | None,
+    batch_size: int,
+    kept: KeptCaptures,
+) -> None:
     activation_eigenvectors = gradient_eigenvectors = None
     if eigendecomposition_store is not None:
         with study.profiler("Load Eigendecomposition"):
@@ -136,15 +147,28 @@ def _fit_lambda(study: Study, store: StageStore, eigendecomposition_store: Stage
             gradient_eigenvectors,
             post_process,
         )
-        _accumulate(study, store, sums, batch_size, "Fit Lambda")
+        study.num_kept = kept.num_examples
+        _accumulate(study, store, sums, batch_size, "Fit Lambda", given=kept)
         files = sums.means(study.layers, len(study.train_dataset))
     with study.profiler("Save Lambda"):
         if study.runtime.is_main:
             store.save(files, {"num_examples": len(study.train_dataset)})
 
 
-def _accumulate(study: Study, store: StageStore, sums: Sums, batch_size: int, description: str) -> None:
+def _accumulate(
+    study: Study,
+    store: StageStore,
+    sums: Sums,
+    batch_size: int,
+    description: str,
+    keep: KeptCaptures | None = None,
+    given: KeptCaptures | None = None,
+) -> None:
     """One pass over this process's share of the training set, then the sum over processes.
+
+    Args:
+        keep: gets the first batches; given: the first batches of this same pass, that need not be run again. A pass
+            that goes on somewhere in the middle does without both.
 
     Progress is noted on the way, as the number of examples done in the order of the pass; a run that was killed goes on
     there. With the same batch size it makes the same batches, and so ends with the same numbers.
@@ -158,13 +182,19 @@ def _accumulate(study: Study, store: StageStore, sums: Sums, batch_size: int, de
         for name, tensor in tensors.items():
             sums.tensors[name].copy_(tensor)
         runtime.print(f"{description}: going on after {done} of {len(order)} sequences")
+    for captures in filter(None, (keep, given)):
+        if done:
+            captures.clear()
+    keep, given = keep or KeptCaptures(), given or KeptCaptures()
     clock = study.progress_clock()
     with (
         runtime.progress(len(order), description, initial=done) as bar,
         study.gradient_pass(study.fisher_loss) as run,
     ):
-        captures = study.captures(run, study.train_dataset, order[done:], batch_size, "training loss")
-        for indices, captured in captures:
+        rest = order[done + given.num_examples :]
+        captures = study.captures(run, study.train_dataset, rest, batch_size, "training loss", make_room=keep.clear)
+        for indices, captured in itertools.chain(given.take(), captures):
+            keep.offer(indices, captured)
             for layer in study.layers:
                 sums.update(layer, captured.pop(layer.name))
             done += len(indices)

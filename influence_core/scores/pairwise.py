@@ -184,8 +184,10 @@ class _PairwiseJob:
     ) -> dict[str, Tensor]:
         """{layer: [strategies * queries of the tile, parameters of the layer]}, as operands of products."""
         study, runtime, precision = self.study, self.runtime, self.runtime.precision
+        # Alone, a process fills every row itself; what others fill has to be zero before it is summed.
+        make = torch.empty if runtime.world_size == 1 else torch.zeros
         resident = {
-            layer.name: torch.zeros(
+            layer.name: make(
                 len(self.strategy_names), len(tile), layer.num_parameters,
                 dtype=precision.operand_dtype, device=runtime.device,
             )

@@ -10,10 +10,12 @@ For two parts the count is, with P parameters and T positions, an example: 9 PT 
 from dataclasses import dataclass, replace
 
 from influence_core.errors import UserError
+from influence_core.factors.eigendecomposition import WIDE
 from influence_core.factors.lambdas import lambda_chunk
 from influence_core.layers import TrackedLayer
 from influence_core.losses import CHUNK_BYTES
 from influence_core.passes import Probe
+from influence_core.units import gigabytes
 
 GRADIENT_BUFFER_BYTES = 512 << 20  # at most, of the per-sample gradients of a layer made at once
 # At most, of the query gradients of a layer preconditioned at once: on a CPU so few that they stay in its cache between
@@ -59,6 +61,8 @@ class Plan:
     peak_bytes: dict[str, int]  # beyond what is in use before, by stage
     pairwise_flops: float
     scored_at_once: int = 1  # training examples that are held until they are scored, if a batch has fewer
+    kept_bytes: int = 0  # that the covariance pass may keep for the Lambda pass
+    kept_share: float = 0.0  # of the training examples, that these are about
 
     @property
     def num_passes(self) -> int:
@@ -95,15 +99,32 @@ def make_plan(layers: list[TrackedLayer], work: Work, budget: int, in_use: int =
                 break
         num_tiles += 1
     best = min(plans, key=lambda plan: (plan.pairwise_flops, plan.num_passes))
-    return _score_many_at_once(best, work, budget)
+    return _keep_captures(_score_many_at_once(best, work, budget), layers, work)
+
+
+def _keep_captures(plan: Plan, layers: list[TrackedLayer], work: Work) -> Plan:
+    """Keep what the covariance pass captured for the Lambda pass, as far as the peak is that of another stage."""
+    stages = ("covariance", "eigendecomposition", "lambda")
+    if not all(stage in plan.peak_bytes for stage in stages):
+        return plan
+    room = max(plan.peak_bytes.values()) - max(plan.peak_bytes[stage] for stage in stages)
+    an_example = work.product_bytes * sum(
+        work.train.positions[layer.name] * (layer.in_features + layer.out_features) for layer in layers
+    )
+    kept = min(room, int(an_example * -(-work.num_train // work.num_processes)))
+    peaks = {stage: peak + kept * (stage in stages) for stage, peak in plan.peak_bytes.items()}
+    share = kept / (an_example * -(-work.num_train // work.num_processes))
+    return replace(plan, kept_bytes=kept, kept_share=share, peak_bytes=peaks)
 
 
 def _score_many_at_once(plan: Plan, work: Work, budget: int) -> Plan:
-    """Hold several training batches until they are scored together, where that takes little beside the queries."""
+    """Hold several training batches until they are scored together, where that takes little beside the rest."""
     batch, tile_size = work.train_batch_size, len(plan.query_tiles[0])
+    highest = max(plan.peak_bytes.values())  # of all stages
     for at_once in range(SCORED_AT_ONCE // batch * batch, batch, -batch):
         peak = max(_peaks(group, work, tile_size, at_once)["training pass"] for group in plan.layer_groups)
-        if peak <= budget and (at_once - batch) * work.train.captured_bytes <= plan.resident_bytes / 4:
+        takes_little = peak <= highest or (at_once - batch) * work.train.captured_bytes <= plan.resident_bytes / 4
+        if peak <= budget and takes_little:
             return replace(plan, scored_at_once=at_once, peak_bytes={**plan.peak_bytes, "training pass": peak})
     return plan
 
@@ -191,8 +212,9 @@ def fit_peaks(layers: list[TrackedLayer], work: Work) -> dict[str, int]:
     batch = work.factor_batch_size * work.train.num_bytes + work.train.fixed_bytes + 3 * CHUNK_BYTES[work.device_type]
     if work.num_in_eigenbasis:
         peaks["covariance"] = squares + batch
-        largest = max(max(layer.shape) for layer in layers)
-        peaks["eigendecomposition"] = squares + work.num_workers * 5 * 8 * largest**2
+        widths = [size for layer in layers for size in layer.shape]
+        at_once = [size**2 * (1 if size >= WIDE else work.num_workers) for size in widths]
+        peaks["eigendecomposition"] = squares + 5 * 8 * max(at_once)
     if work.num_with_lambda:
         lambda_matrices = sum(layer.num_parameters for layer in layers) * work.sum_bytes
         buffer = work.sum_bytes * max(
@@ -226,7 +248,11 @@ def fit_flops(layers: list[TrackedLayer], work: Work) -> dict[str, float]:
 
 def plan_flops(plan: Plan, layers: list[TrackedLayer], work: Work) -> dict[str, float]:
     """FLOPs of every stage of the analysis."""
-    return {**fit_flops(layers, work), "pairwise": plan.pairwise_flops}
+    flops = fit_flops(layers, work)
+    if plan.kept_share:
+        one_pass = work.train.forward_flops + work.train.backward_flops
+        flops["lambda"] -= plan.kept_share * work.num_train * one_pass
+    return {**flops, "pairwise": plan.pairwise_flops}
 
 
 def _rotation_flops(layer: TrackedLayer, probe: Probe) -> float:
@@ -257,32 +283,3 @@ def _cost(groups: list[list[TrackedLayer]], tiles: list[range], layers: list[Tra
             peaks[stage] = max(peak, peaks.get(stage, 0))
     resident = max(sum(layer.num_parameters for layer in group) for group in groups)
     return Plan(groups, tiles, resident * len(tiles[0]) * work.num_strategies * work.operand_bytes, peaks, flops)
-
-
-def gigabytes(num_bytes: float) -> str:
-    """Bytes as a person reads them (1 GB = 10^9 bytes)."""
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
-
-
-def describe_plan(plan: Plan, layers: list[TrackedLayer], work: Work, in_use: int, budget: int) -> str:
-    """The plan as a person reads it, before the work begins."""
-    flops = plan_flops(plan, layers, work)
-    stages = ", ".join(f"{stage} {gigabytes(in_use + peak)}" for stage, peak in plan.peak_bytes.items())
-    passes = f"{plan.num_passes} over the training set"
-    if plan.num_passes > 1:
-        passes += f" ({len(plan.layer_groups)} groups of layers x {len(plan.query_tiles)} tiles of queries)"
-    if plan.scored_at_once > work.train_batch_size:
-        passes += f", {plan.scored_at_once} examples scored at once"
-    disk = factor_bytes(layers, work) + work.num_rows * work.num_train * 4
-    rows = {
-        "tracked": f"{len(layers)} layers, {sum(layer.num_parameters for layer in layers):,} parameters",
-        "scores": f"{work.num_queries} queries x {work.num_train} training examples"
-        + (f" x {work.num_strategies} strategies" if work.num_strategies > 1 else ""),
-        "passes": passes,
-        "queries": f"{gigabytes(plan.resident_bytes)} of preconditioned gradients stay in memory",
-        "memory": f"{gigabytes(in_use + max(plan.peak_bytes.values()))} at the peak ({stages}); "
-        f"{gigabytes(in_use)} in use, {gigabytes(budget)} more may be taken",
-        "disk": f"{gigabytes(disk)} of factors and scores",
-        "work": ", ".join(f"{stage} {count / 1e12:.3g}" for stage, count in flops.items()) + " TFLOP",
-    }
-    return "Plan\n" + "\n".join(f"  {name:<8} {text}" for name, text in rows.items())

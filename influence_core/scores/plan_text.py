@@ -1,0 +1,32 @@
+"""The plan as a person reads it, before the work begins."""
+
+from influence_core.layers import TrackedLayer
+from influence_core.scores.plan import Plan, Work, factor_bytes, plan_flops
+from influence_core.units import gigabytes
+
+
+def describe_plan(plan: Plan, layers: list[TrackedLayer], work: Work, in_use: int, budget: int) -> str:
+    """The plan as a person reads it, before the work begins."""
+    flops = plan_flops(plan, layers, work)
+    stages = ", ".join(f"{stage} {gigabytes(in_use + peak)}" for stage, peak in plan.peak_bytes.items())
+    passes = f"{plan.num_passes} over the training set"
+    if plan.num_passes > 1:
+        passes += f" ({len(plan.layer_groups)} groups of layers x {len(plan.query_tiles)} tiles of queries)"
+    if plan.scored_at_once > work.train_batch_size:
+        passes += f", {plan.scored_at_once} examples scored at once"
+    disk = factor_bytes(layers, work) + work.num_rows * work.num_train * 4
+    rows = {
+        "tracked": f"{len(layers)} layers, {sum(layer.num_parameters for layer in layers):,} parameters",
+        "scores": f"{work.num_queries} queries x {work.num_train} training examples"
+        + (f" x {work.num_strategies} strategies" if work.num_strategies > 1 else ""),
+        "passes": passes,
+        "queries": f"{gigabytes(plan.resident_bytes)} of preconditioned gradients stay in memory",
+        "memory": f"{gigabytes(in_use + max(plan.peak_bytes.values()))} at the peak ({stages}); "
+        f"{gigabytes(in_use)} in use, {gigabytes(budget)} more may be taken",
+        "kept": f"{gigabytes(plan.kept_bytes)} of the covariance pass for the lambda pass, {plan.kept_share:.0%} of it",
+        "disk": f"{gigabytes(disk)} of factors and scores",
+        "work": ", ".join(f"{stage} {count / 1e12:.3g}" for stage, count in flops.items()) + " TFLOP",
+    }
+    if not plan.kept_bytes:
+        del rows["kept"]
+    return "Plan\n" + "\n".join(f"  {name:<8} {text}" for name, text in rows.items())
