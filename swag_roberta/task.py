@@ -8,13 +8,12 @@ from torch import Tensor
 from transformers import AutoModelForMultipleChoice, RobertaConfig
 
 from influence_core.errors import UserError
-from influence_core.experiments.demo_corpus import DEMO_CORPUS, demo_corpus, demo_questions
-from influence_core.experiments.example import MEASUREMENT, take
-from influence_core.experiments.pretrained import PretrainedTask
+from influence_core.experiments.demo_corpus import demo_questions
+from influence_core.experiments.example import MEASUREMENT
+from influence_core.experiments.pretrained import DEMO_DEFAULTS, PretrainedTask
 from influence_core.layers import trackable_layer_names
 from influence_core.task import EXAMPLE_INDEX
 
-QUESTIONS_AT_ONCE = 1000  # that are tokenised together
 ENDINGS = ("ending0", "ending1", "ending2", "ending3")
 TRACKED = re.compile(r"(roberta\.(encoder|pooler)\..*|classifier)")
 
@@ -42,25 +41,21 @@ class SwagTask(PretrainedTask):
             "figure_dir": "figure/swag_roberta",
         },
         "demo": {
+            **DEMO_DEFAULTS,
             "checkpoint_dir": "demo/swag_roberta/checkpoint",
             "output_dir": "demo/swag_roberta/influence_results",
             "figure_dir": "demo/swag_roberta/figure",
-            "dataset_name_or_path": DEMO_CORPUS,
             "config_overrides": "num_hidden_layers=2,hidden_size=128,num_attention_heads=4,intermediate_size=512,"
             "hidden_dropout_prob=0,attention_probs_dropout_prob=0",
-            "vocab_size": 2048,
             "max_length": 64,
             "learning_rate": 3e-4,
             "num_train_epochs": 6,
-            "factor_strategy": ["ekfac", "identity"],
             "damping_factor": "heuristic",
-            "num_masks": 10,
-            "num_repeats.evaluate_lds": 2,
         },
     }
 
     auto_model, config_class = AutoModelForMultipleChoice, RobertaConfig
-    encodes_pairs = True
+    tokenizer_style = "roberta"
     columns = ("sent1", "sent2", *ENDINGS, "label")
 
     # The endings of a question are four rows that make one example. Their gradients add up, so the engine may lay them
@@ -69,7 +64,7 @@ class SwagTask(PretrainedTask):
 
     def __init__(self, max_length, **flags):
         super().__init__(**flags)
-        self.max_length, self._splits = max_length, {}
+        self.max_length = max_length
         if max_length < 8:
             raise UserError(f"--max_length must be at least 8, so that a question has words, not {max_length}")
 
@@ -107,28 +102,10 @@ class SwagTask(PretrainedTask):
 
     # ------------------------------------------------------------------------------------------------------- data
 
-    def tokenizer_texts(self):
-        if self.is_demo:
-            return list(demo_corpus().values())
-        rows = self.rows("train")
-        return [text for column in self.columns[:-1] for text in rows[column]]
+    def demo_rows(self, split):
+        return demo_questions(split)
 
-    def load_dataset(self, split, indices=None):
-        if split not in self._splits:
-            questions = demo_questions(split) if self.is_demo else self.rows(split)
-            self._splits[split] = self._tokenized(list(questions))
-        if not self._splits[split]:
-            raise UserError(f"the {split} split has no question")
-        return take(self._splits[split], indices)
-
-    def _tokenized(self, questions: list[dict]) -> list[dict]:
-        return [
-            example
-            for start in range(0, len(questions), QUESTIONS_AT_ONCE)
-            for example in self._tokenized_together(questions[start : start + QUESTIONS_AT_ONCE])
-        ]
-
-    def _tokenized_together(self, questions: list[dict]) -> list[dict]:
+    def tokenized(self, questions):
         first = [question["sent1"] for question in questions for _ in ENDINGS]
         second = [f"{question['sent2']} {question[ending]}" for question in questions for ending in ENDINGS]
         rows = self.tokenizer(first, second, truncation=True, max_length=self.max_length)["input_ids"]

@@ -77,11 +77,11 @@ def run(script: str, *flags, task_class=WikiTextTask) -> Outcome:
 def run_process(command: list, directory: Path = ROOT, **environment: str) -> Outcome:
     """`python <command>` in a directory, offline, as a process of its own."""
     offline = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment = {key: value for key, value in (os.environ | offline | environment).items() if key != "PYTHONPATH"}
+    inherited = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=directory,
-        env=environment,
+        env=inherited | offline | environment,
         capture_output=True,
         text=True,
         timeout=300,

@@ -12,7 +12,7 @@ from influence_core.runtime import Runtime
 from influence_core.scores.pairwise import compute_pairwise_scores
 from influence_core.scores.plan import Plan
 from influence_core.study import Study
-from tests.scripts import NUM_QUERIES, TRAIN, contents, refused, run, run_process
+from tests.scripts import ANALYZE, NUM_QUERIES, NUM_TRAIN, TRAIN, contents, refused, run, run_process
 from tests.tiny import PAD, TinyTask
 from wikitext_gpt2.task import WikiTextTask
 
@@ -41,19 +41,29 @@ def test_counts_and_sizes_are_positive(script, flag, value, checkpoint, tmp_path
 TOO_LARGE = {
     "num_train": (10**6, "training set"),
     "num_queries": (10**6, "validation set"),
-    "query_batch_size": (NUM_QUERIES + 1, f"{NUM_QUERIES}"),
-    "train_batch_size": (65, "64"),
-    "factor_batch_size": (65, "64"),
 }
 
 
 @pytest.mark.parametrize("flag", TOO_LARGE)
 def test_more_than_there_is_is_refused_when_given(flag, checkpoint, tmp_path):
-    """A count or batch size beyond the data is refused where it was given by hand; defaults are cut to fit instead
-    (the run that the fixtures make has them)."""
+    """A count beyond the data is refused where it was given by hand; defaults are cut to fit instead (the run that the
+    fixtures make has them)."""
     value, told = TOO_LARGE[flag]
     flags = ["--checkpoint_dir", checkpoint, f"--{flag}", value]
     refused("analyze", *flags, contains=[f"--{flag} {value}", told], directory=tmp_path)
+
+
+def test_batches_larger_than_the_data_are_cut_and_said(checkpoint, results, tmp_path):
+    """Scores do not depend on how many examples go through the model at once, so one command serves small data too."""
+    sizes = {"query_batch_size": NUM_QUERIES, "train_batch_size": NUM_TRAIN, "factor_batch_size": NUM_TRAIN}
+    flags = [part for flag, size in sizes.items() for part in (f"--{flag}", 10 * size)]
+    flags += ["--checkpoint_dir", checkpoint, "--output_dir", tmp_path, "--factor_strategy", "ekfac"]
+    out = run("analyze", *ANALYZE, *flags).ok()
+    for flag, size in sizes.items():
+        assert f"Note: --{flag} {10 * size} is more than there are examples: {size} in one batch" in out
+    file = "scores_ekfac/pairwise_scores.safetensors"
+    scores, expected = (load_file(directory / file)["all_modules"] for directory in (tmp_path, results[1]))
+    assert torch.corrcoef(torch.stack([scores.flatten(), expected.flatten()]))[0, 1] > 0.999
 
 
 @pytest.mark.parametrize("flag, value", [("num_train", 10**6), ("train_batch_size", 65)])

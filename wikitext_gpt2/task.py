@@ -2,21 +2,19 @@
 
 import itertools
 import re
-from functools import cached_property
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from influence_core.errors import UserError
-from influence_core.experiments.demo_corpus import DEMO_CORPUS, demo_corpus
-from influence_core.experiments.example import MEASUREMENT, take
-from influence_core.experiments.pretrained import PretrainedTask
+from influence_core.experiments.demo_corpus import demo_corpus
+from influence_core.experiments.example import MEASUREMENT
+from influence_core.experiments.pretrained import DEMO_DEFAULTS, PretrainedTask
 from influence_core.layers import trackable_layer_names
 from influence_core.losses import linear_cross_entropy
 from influence_core.task import EXAMPLE_INDEX
 
-ROWS_PER_GROUP = 1000  # rows of text joined before they are cut into blocks; the rest of each group is dropped
 HELD_OUT = 8  # of the blocks of a topic in the demo, every eighth is for validation
 TRACKED = re.compile(r"transformer\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)")
 FUSED_GELU = "gelu_pytorch_tanh"  # the function that GPT-2's config calls gelu_new, as one kernel instead of eight
@@ -43,24 +41,22 @@ class WikiTextTask(PretrainedTask):
             "factor_batch_size": 64,
         },
         "demo": {
+            **DEMO_DEFAULTS,
             "checkpoint_dir": "demo/wikitext_gpt2/checkpoint",
             "output_dir": "demo/wikitext_gpt2/influence_results",
-            "dataset_name_or_path": DEMO_CORPUS,
             "config_overrides": "n_layer=2,n_embd=192,n_head=6,n_positions=128,resid_pdrop=0,embd_pdrop=0,attn_pdrop=0",
-            "vocab_size": 2048,
             "block_size": 64,
             "learning_rate": 2e-3,
             "num_train_epochs": 5,
-            "factor_strategy": ["ekfac", "identity"],
             "damping_factor": "0.01x",
             "show_queries": 3,
-            "num_masks": 10,
-            "num_repeats.evaluate_lds": 2,
             "figure_dir": "demo/wikitext_gpt2/figure",
         },
     }
 
     auto_model, config_class, columns = AutoModelForCausalLM, GPT2Config, ("text",)
+    tokenizer_style = "gpt2"
+    rows_at_once = 1000  # as the Hugging Face example joins them before they are cut into blocks
 
     def __init__(self, block_size, **flags):
         super().__init__(**flags)
@@ -91,41 +87,29 @@ class WikiTextTask(PretrainedTask):
 
     # ------------------------------------------------------------------------------------------------------- data
 
-    @cached_property
-    def _splits(self) -> dict[str, list[dict]]:
-        return self._demo_splits() if self.is_demo else {}
-
-    def load_dataset(self, split, indices=None):
-        if split not in self._splits:
-            self._splits[split] = [{"input_ids": block} for block in self._blocks(split)]
-        if not self._splits[split]:
+    def make_examples(self, split):
+        examples = self._demo_examples(split) if self.is_demo else super().make_examples(split)
+        if not examples:
             raise UserError(f"the {split} split has not one block of {self.block_size} tokens: lower --block_size")
-        return take(self._splits[split], indices)
+        return examples
 
-    def tokenizer_texts(self):
-        return list(demo_corpus().values()) if self.is_demo else self.rows("train")["text"]
+    def tokenized(self, rows):
+        """Rows joined and cut into whole blocks; what remains is dropped."""
+        return [{"input_ids": block} for block in self._blocks([row["text"] for row in rows])]
 
-    def _blocks(self, split) -> list[Tensor]:
-        rows, blocks = self.rows(split), []
-        for start in range(0, len(rows), ROWS_PER_GROUP):
-            texts = rows[start : start + ROWS_PER_GROUP]["text"]
-            blocks += self._cut(self.tokenizer(texts, verbose=False)["input_ids"])
-        return blocks
-
-    def _cut(self, tokenized: list[list[int]]) -> list[Tensor]:
-        """Join token lists and cut them into whole blocks."""
-        tokens = torch.tensor(list(itertools.chain.from_iterable(tokenized)))
+    def _blocks(self, texts: list[str]) -> list[Tensor]:
+        tokens = self.tokenizer(texts, verbose=False)["input_ids"]
+        tokens = torch.tensor(list(itertools.chain.from_iterable(tokens)))
         return list(tokens[: len(tokens) // self.block_size * self.block_size].view(-1, self.block_size))
 
-    def _demo_splits(self):
+    def _demo_examples(self, split):
         """Blocks of each topic by itself, so that a block has one topic; every eighth is held out."""
-        splits = {"train": [], "validation": []}
-        for topic, text in sorted(demo_corpus().items()):
-            blocks = self._cut([self.tokenizer(text, verbose=False)["input_ids"]])
-            for number, block in enumerate(blocks):
-                split = "validation" if number % HELD_OUT == HELD_OUT - 1 else "train"
-                splits[split].append({"input_ids": block, "topic": topic})
-        return splits
+        return [
+            {"input_ids": block, "topic": topic}
+            for topic, text in sorted(demo_corpus().items())
+            for number, block in enumerate(self._blocks([text]))
+            if (number % HELD_OUT == HELD_OUT - 1) == (split == "validation")
+        ]
 
     def collate(self, examples):
         return {"input_ids": torch.stack([example["input_ids"] for example in examples])}

@@ -13,8 +13,8 @@ from influence_core.errors import UserError
 from influence_core.experiments.arguments import check_size, parse, run_script
 from influence_core.experiments.example import ExampleTask
 from influence_core.runtime import Runtime
-from influence_core.scores.plan import gigabytes
 from influence_core.study import Study
+from influence_core.units import gigabytes
 
 TOP = 5  # sequences that the topic figure looks at
 SHOWN_CHARACTERS = 1200  # of a sequence
@@ -50,9 +50,9 @@ def _analyze(task_class: type[ExampleTask], arguments) -> None:
             arguments.factor_strategy,
             query_dataset,
             damping=arguments.damping_factor,
-            query_batch_size=check_size(arguments, "query_batch_size", num_queries, "queries"),
-            train_batch_size=check_size(arguments, "train_batch_size", num_train, "training set"),
-            factor_batch_size=check_size(arguments, "factor_batch_size", num_train, "training set"),
+            query_batch_size=_batch_size(arguments, "query_batch_size", num_queries, runtime),
+            train_batch_size=_batch_size(arguments, "train_batch_size", num_train, runtime),
+            factor_batch_size=_batch_size(arguments, "factor_batch_size", num_train, runtime),
             memory_budget=None if arguments.memory_budget_gb is None else int(arguments.memory_budget_gb * 1e9),
         )
         runtime.print(f"\n{study.profiler.table()}\n")
@@ -79,6 +79,14 @@ def load_datasets(task: ExampleTask, arguments) -> tuple[Sequence[Any], Sequence
     num_train = check_size(arguments, "num_train", len(task.load_dataset("train")), "training set")
     num_queries = check_size(arguments, "num_queries", len(task.load_dataset("validation")), "validation set")
     return task.load_dataset("train", range(num_train)), task.load_dataset("validation", range(num_queries))
+
+
+def _batch_size(arguments, flag: str, num_examples: int, runtime: Runtime) -> int:
+    """The flag's value, at most all examples: that is no error, as no result depends on it, but it is said."""
+    value = getattr(arguments, flag)
+    if value > num_examples and flag in arguments.given:
+        runtime.print(f"Note: --{flag} {value} is more than there are examples: {num_examples} in one batch")
+    return min(value, num_examples)
 
 
 def _report(task, study, scores: dict[str, Tensor], query_dataset, show_queries: int) -> None:

@@ -8,8 +8,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 DEMO_CORPUS = "pydoc_data.topics"  # as --dataset_name_or_path: this corpus
-END_OF_TEXT = "<|endoftext|>"
-ROBERTA_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]  # in the order of their indices
+HEADING = re.compile(r"(.+)\n([*=\-~^])\2{3,}")  # a line of text, underlined
+# Special tokens of new tokenizers, in the order of their indices, and what they are for.
+SPECIAL_TOKENS = {
+    "gpt2": {"<|endoftext|>": ("bos", "eos")},
+    "roberta": {
+        "<s>": ("bos", "cls"), "<pad>": ("pad",), "</s>": ("eos", "sep"), "<unk>": ("unk",), "<mask>": ("mask",),
+    },
+    "t5": {"<pad>": ("pad",), "</s>": ("eos",), "<unk>": ("unk",)},
+}  # fmt: skip
 
 
 @cache
@@ -66,22 +73,44 @@ def demo_questions(split: str) -> list[dict]:
     return questions
 
 
-def train_tokenizer(texts: list[str], vocab_size: int, for_pairs: bool = False) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on the texts, with the special tokens of GPT-2 or, `for_pairs`, of RoBERTa."""
+def demo_summaries(split: str) -> list[dict]:
+    """Summaries, as CNN/DailyMail has them: of a passage, the heading above it and its first sentence.
+
+    Returns:
+        [{"article", "highlights", "topic"}]; every eighth passage is of "validation".
+    """
+    rows = []
+    for topic, text in sorted(demo_corpus().items()):
+        heading = ""
+        for paragraph in text.split("\n\n"):
+            if underlined := HEADING.fullmatch(paragraph):
+                heading = underlined[1]
+                continue
+            passage = " ".join(paragraph.split())
+            first = re.split(r"(?<=[.!?:])\s", passage)[0]
+            is_text = "---" not in passage and len(passage.split()) >= 20 and len(first) < len(passage)
+            if heading and is_text:
+                rows.append({"article": passage, "highlights": f"{heading}: {first}", "topic": topic})
+    return [row for number, row in enumerate(rows) if (number % 8 == 7) == (split == "validation")]
+
+
+def train_tokenizer(texts: list[str], vocab_size: int, style: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on the texts, with special tokens as those of "gpt2", "roberta" or "t5"."""
+    special_tokens = SPECIAL_TOKENS[style]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special_tokens = ROBERTA_TOKENS if for_pairs else [END_OF_TEXT]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=special_tokens,
+        special_tokens=list(special_tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    if not for_pairs:
-        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT)
-    ends = ((token, tokenizer.token_to_id(token)) for token in ("</s>", "<s>"))
-    tokenizer.post_processor = processors.RobertaProcessing(*ends)
-    names = {"bos_token": "<s>", "cls_token": "<s>", "eos_token": "</s>", "sep_token": "</s>", "pad_token": "<pad>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", mask_token="<mask>", **names)
+    end = ("</s>", tokenizer.token_to_id("</s>"))
+    if style == "roberta":
+        tokenizer.post_processor = processors.RobertaProcessing(end, ("<s>", tokenizer.token_to_id("<s>")))
+    elif style == "t5":
+        tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[end])
+    names = {f"{use}_token": token for token, uses in special_tokens.items() for use in uses}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)

@@ -48,6 +48,13 @@ class ExampleTask(InfluenceTask):
         MEASUREMENT is among them: each example's own share of `measurement(model, batch)`.
         """
 
+    def generation_values(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """More of them, that take generating text: too long for a training set, so only the validation split has them.
+
+        By default there are none.
+        """
+        return {}
+
     @abstractmethod
     def metrics(self, values: dict[str, Tensor]) -> dict[str, float]:
         """What train.py reports of a split, from the values of all its examples: {"perplexity": …}."""

@@ -110,10 +110,17 @@ def fit(task: ExampleTask, model: nn.Module, dataset, recipe: Recipe, seed: int,
 
 @torch.no_grad()
 def evaluate(
-    task: ExampleTask, model: nn.Module, dataset, batch_size: int, accelerator, show_progress: bool = False
+    task: ExampleTask,
+    model: nn.Module,
+    dataset,
+    batch_size: int,
+    accelerator,
+    generate: bool = False,
+    show_progress: bool = False,
 ) -> dict[str, Tensor]:
     """What `task.evaluation_values` says of every example: {name: [examples] float64 on the CPU}.
 
+    With `generate`, also what `task.generation_values` says.
     Each example is evaluated once, however many processes there are, and every process gets all values.
     """
     model = accelerator.unwrap_model(model).eval()
@@ -122,7 +129,10 @@ def evaluate(
     parts: dict[str, list[Tensor]] = {}
     for batch in tqdm(loader, "Evaluate", leave=False, disable=not (show_progress and accelerator.is_main_process)):
         batch = {key: value.to(accelerator.device) for key, value in batch.items()}
-        for name, values in task.evaluation_values(model, batch).items():
+        measured = task.evaluation_values(model, batch)
+        if generate:
+            measured |= task.generation_values(model, batch)
+        for name, values in measured.items():
             parts.setdefault(name, []).append(values)
     gathered = {}
     for name, values in parts.items():

@@ -11,11 +11,21 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from influence_core.errors import UserError
-from influence_core.experiments.demo_corpus import DEMO_CORPUS, train_tokenizer
-from influence_core.experiments.example import ExampleTask, is_main_process, load_from, parse_overrides
+from influence_core.experiments.demo_corpus import DEMO_CORPUS, demo_corpus, train_tokenizer
+from influence_core.experiments.example import ExampleTask, is_main_process, load_from, parse_overrides, take
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+# What the demos of the examples have in common: two kinds of scores to compare, and few retrainings.
+DEMO_DEFAULTS = {
+    "dataset_name_or_path": DEMO_CORPUS,
+    "vocab_size": 2048,
+    "factor_strategy": ["ekfac", "identity"],
+    "num_masks": 10,
+    "num_repeats.evaluate_lds": 2,
+}
 
 
 class PretrainedTask(ExampleTask):
@@ -24,7 +34,8 @@ class PretrainedTask(ExampleTask):
     auto_model: ClassVar[type]  # such as AutoModelForCausalLM
     config_class: ClassVar[type[PretrainedConfig]]  # of models from scratch
     columns: ClassVar[tuple[str, ...]]  # that the dataset must have
-    encodes_pairs: ClassVar[bool] = False  # whether a new tokenizer has to mark two texts in a row
+    tokenizer_style: ClassVar[str]  # whose special tokens a new tokenizer gets, see train_tokenizer
+    rows_at_once: ClassVar[int] = 1000  # of the dataset, that are made into examples together
 
     def __init__(
         self, model_name_or_path, tokenizer_name_or_path, config_overrides, dataset_name_or_path, dataset_config,
@@ -35,6 +46,7 @@ class PretrainedTask(ExampleTask):
         self.dataset_source, self.dataset_config = dataset_name_or_path, dataset_config
         self.split_sources = {"train": train_split or "train", "validation": validation_split or "validation"}
         self.vocab_size = vocab_size
+        self._splits: dict[str, list[Any]] = {}  # the examples that were made
 
     @staticmethod
     def add_arguments(parser):
@@ -52,8 +64,20 @@ class PretrainedTask(ExampleTask):
     # -------------------------------------------------------------------------------------------- what the task says
 
     @abstractmethod
+    def tokenized(self, rows: list[dict]) -> list[Any]:
+        """The examples of some rows of the dataset."""
+
+    def demo_rows(self, split: str) -> list[dict]:
+        """What the demo has in place of the dataset's rows."""
+        raise UserError(f"--dataset_name_or_path {DEMO_CORPUS} is not for this example")
+
     def tokenizer_texts(self) -> list[str]:
-        """The text that a new tokenizer is trained on."""
+        """The text that a new tokenizer is trained on; by default, what the training set's columns of text hold."""
+        if self.is_demo:
+            return list(demo_corpus().values())
+        rows = self.rows("train")
+        columns = [column for column in self.columns if rows.features[column].dtype == "string"]
+        return [text for column in columns for text in rows[column]]
 
     def config_values(self) -> dict[str, Any]:
         """What the config of a model from scratch takes from the tokenizer and the task."""
@@ -76,7 +100,7 @@ class PretrainedTask(ExampleTask):
         if self.checkpoint_dir is not None:
             source, flag = self.checkpoint_dir, "--checkpoint_dir"
         elif self.tokenizer_source is None and self._starts_from_scratch and self.vocab_size:
-            return train_tokenizer(self.tokenizer_texts(), self.vocab_size, self.encodes_pairs)
+            return train_tokenizer(self.tokenizer_texts(), self.vocab_size, self.tokenizer_style)
         if source is None:
             raise UserError("no tokenizer: name one with --tokenizer_name_or_path")
         tokenizer = load_from(source, flag, lambda: AutoTokenizer.from_pretrained(source))
@@ -130,6 +154,21 @@ class PretrainedTask(ExampleTask):
     def _has_weights(self) -> bool:
         directory = Path(self.model_source or "/nowhere")
         return any(itertools.chain(directory.glob("*.safetensors*"), directory.glob("pytorch_model*")))
+
+    def load_dataset(self, split, indices=None):
+        if split not in self._splits:
+            self._splits[split] = self.make_examples(split)
+        if not self._splits[split]:
+            raise UserError(f"the {split} split has no example")
+        return take(self._splits[split], indices)
+
+    def make_examples(self, split: str) -> list[Any]:
+        """All examples of a split."""
+        rows = self.demo_rows(split) if self.is_demo else self.rows(split)
+        examples, indices = [], range(len(rows))
+        for start in indices[:: self.rows_at_once]:
+            examples += self.tokenized([rows[index] for index in indices[start : start + self.rows_at_once]])
+        return examples
 
     def rows(self, split: str) -> "Dataset":
         """The dataset's rows of "train" or "validation", or of the part that stands for it."""

@@ -135,7 +135,7 @@ class Retrainer:
         self.model.load_state_dict(self.initial)
         set_seed(retraining.seed)
         model = fit(self.task, self.model, subset, self.recipe, retraining.seed, self.one_device)
-        values = evaluate(self.task, model, self.query_dataset, self.eval_batch_size, self.one_device)
+        values = evaluate(self.task, model, self.query_dataset, self.eval_batch_size, self.one_device, generate=True)
         if not all(bool(value.isfinite().all()) for value in values.values()):
             raise UserError("the queries' measurements after a retraining are not finite: lower --learning_rate")
         return values

@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from safetensors import SafetensorError
@@ -39,7 +40,11 @@ def _train(task_class: type[ExampleTask], arguments) -> None:
     if not arguments.overwrite and _is_finished(checkpoint_dir, record):
         print(f"Found finished {checkpoint_dir}, trained with the same flags; --overwrite trains again")
         return
-    accelerator = Accelerator(mixed_precision="bf16" if arguments.use_half_precision else "no")
+    accelerator = Accelerator(
+        mixed_precision="bf16" if arguments.use_half_precision else "no",
+        # Told so, or without a GPU it would not see the other processes, and each would train by itself.
+        cpu="LOCAL_RANK" in os.environ and not torch.cuda.is_available(),
+    )
     if accelerator.is_main_process:
         require_writable(checkpoint_dir)
     set_seed(arguments.seed)
@@ -59,9 +64,9 @@ def _train(task_class: type[ExampleTask], arguments) -> None:
               disable=not accelerator.is_main_process) as bar:  # fmt: skip
         model = fit(task, model, splits["train"], recipe, arguments.seed, accelerator, bar)
     for split, dataset in splits.items():
-        metrics = task.metrics(
-            evaluate(task, model, dataset, arguments.eval_batch_size, accelerator, show_progress=True)
-        )
+        generate = split == "validation"
+        values = evaluate(task, model, dataset, arguments.eval_batch_size, accelerator, generate, show_progress=True)
+        metrics = task.metrics(values)
         if not all(map(math.isfinite, metrics.values())):
             raise UserError(f"training diverged: {metrics} on the {split} split; lower --learning_rate")
         accelerator.print(f"{split:<10} " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))

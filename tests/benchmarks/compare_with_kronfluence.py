@@ -53,6 +53,11 @@ SETTINGS = {
         "config_overrides": "num_hidden_layers=4,hidden_size=256,num_attention_heads=4,intermediate_size=1024",
         "num_train": 256, "num_queries": 64,
     },
+    "D": {
+        "task": "dailymail_t5", "dataset_name_or_path": "../shared/data/cnn_dailymail", "dataset_config": "3.0.0",
+        "tokenizer_name_or_path": "../shared/models/t5-tokenizer", "max_source_length": 256, "max_target_length": 32,
+        "config_overrides": "num_layers=2,d_model=256,d_ff=1024,num_heads=4", "num_train": 128, "num_queries": 32,
+    },
     "GPU": {
         "task": "wikitext_gpt2", "tokens": "benchmark_inputs/wikitext2.safetensors", "block_size": 512,
         "config_overrides": "n_layer=12", "num_train": 4656, "num_queries": 481, "num_compared": 64, "repeats": 1,

@@ -9,6 +9,7 @@ from kronfluence.task import Task
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dailymail_t5.task import DailyMailTask
 from influence_core.labels import LabelSampler
 from swag_roberta.task import SwagTask, negative_margin
 from wikitext_gpt2.task import WikiTextTask
@@ -37,6 +38,15 @@ class BenchmarkedTask:
             uniforms = sampler.uniforms(torch.tensor([index]), logits[..., 0].numel()).view(logits.shape[:-1])
             labelled.append({**example, LABELS: sampler.sample(logits, uniforms.to(logits.device))[0].cpu()})
         return labelled
+
+    def train_loss(self, model, batch, sample_labels=None):
+        if sample_labels is None or LABELS not in batch:
+            return super().train_loss(model, batch, sample_labels)
+        return self.labelled_loss(model, batch)
+
+    def labelled_loss(self, model, batch) -> Tensor:
+        """The training loss against batch[LABELS]."""
+        raise NotImplementedError
 
     def all_logits(self, model, batch) -> Tensor:
         """[examples, …, categories]: one row for each label that is sampled."""
@@ -100,6 +110,17 @@ class MultipleChoicePeer(PeerTask):
         return gradient.unflatten(0, (-1, 4)).sum(dim=1)
 
 
+class SummaryPeer(PeerTask):
+    """As kronfluence's CNN/DailyMail example, but for its mask: nothing is padded here, so none is needed."""
+
+    def compute_train_loss(self, batch, model, sample=False):
+        logits = model(**{key: batch[key] for key in ("input_ids", "attention_mask", "labels")}, use_cache=False).logits
+        return self.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), batch, sample)
+
+    def compute_measurement(self, batch, model):
+        return self.compute_train_loss(batch, model)
+
+
 class BenchmarkedWikiText(BenchmarkedTask, WikiTextTask):
     """Next-token prediction on whole blocks; from text, or from a file of tokens where no tokenizer is at hand."""
 
@@ -122,9 +143,7 @@ class BenchmarkedWikiText(BenchmarkedTask, WikiTextTask):
             self._splits[split] = [{"input_ids": block.long()} for block in load_file(self.tokens)[split]]
         return super().load_dataset(split, indices)
 
-    def train_loss(self, model, batch, sample_labels=None):
-        if sample_labels is None or LABELS not in batch:
-            return super().train_loss(model, batch, sample_labels)
+    def labelled_loss(self, model, batch):
         return self.next_token_loss(model, batch["input_ids"], batch[LABELS])
 
     def all_logits(self, model, batch):
@@ -139,9 +158,7 @@ class BenchmarkedSwag(BenchmarkedTask, SwagTask):
 
     peer_task = MultipleChoicePeer
 
-    def train_loss(self, model, batch, sample_labels=None):
-        if sample_labels is None or LABELS not in batch:
-            return super().train_loss(model, batch, sample_labels)
+    def labelled_loss(self, model, batch):
         return F.cross_entropy(self._logits(model, batch), batch[LABELS], reduction="sum")
 
     def all_logits(self, model, batch):
@@ -155,4 +172,28 @@ class BenchmarkedSwag(BenchmarkedTask, SwagTask):
         return batch
 
 
-BENCHMARKED = {"wikitext_gpt2": BenchmarkedWikiText, "swag_roberta": BenchmarkedSwag}
+class BenchmarkedDailyMail(BenchmarkedTask, DailyMailTask):
+    """Articles and summaries that fill their lengths: the peer is right on T5 only where nothing is padded."""
+
+    peer_task = SummaryPeer
+
+    def tokenized(self, rows):
+        lengths = {"input_ids": self.max_source_length, "labels": self.max_target_length}
+        return [x for x in super().tokenized(rows) if all(len(x[key]) == length for key, length in lengths.items())]
+
+    def labelled_loss(self, model, batch):
+        return self.summary_loss(model, batch, batch[LABELS])
+
+    def all_logits(self, model, batch):
+        return model(**{key: batch[key] for key in ("input_ids", "attention_mask", "labels")}, use_cache=False).logits
+
+    def for_peer(self, example):
+        batch = {key: value[0] for key, value in self.collate([example]).items()}
+        return batch | {LABELS: example[LABELS]} if LABELS in example else batch
+
+
+BENCHMARKED = {
+    "wikitext_gpt2": BenchmarkedWikiText,
+    "swag_roberta": BenchmarkedSwag,
+    "dailymail_t5": BenchmarkedDailyMail,
+}

@@ -1,0 +1,128 @@
+"""The scripts under torchrun, as a person launches them: all three examples, and a process that dies on the way."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dailymail_t5.task import DailyMailTask
+from swag_roberta.task import SwagTask
+from tests.scripts import ROOT, run, run_process
+from wikitext_gpt2.task import WikiTextTask
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nnodes=1", "--nproc-per-node=2"]
+# The seed's command; what is left of it is where things are.
+SEED_COMMAND = [
+    "--factor_batch_size",
+    "128",
+    "--query_batch_size",
+    "100",
+    "--train_batch_size",
+    "128",
+    "--use_half_precision",
+]
+SEED_COMMAND += ["--factor_strategy", "ekfac", "--use_ddp"]
+NUM_TRAIN, NUM_QUERIES = 50, 7
+ENDS_WITHIN = 60  # seconds, a job of which one process was killed
+
+EXAMPLES = {
+    "wikitext_gpt2": (WikiTextTask, "n_layer=1,n_embd=16,n_head=2,n_positions=32", ["--block_size", "32"]),
+    "swag_roberta": (
+        SwagTask,
+        "num_hidden_layers=1,hidden_size=16,num_attention_heads=2,intermediate_size=24",
+        ["--max_length", "24"],
+    ),
+    "dailymail_t5": (
+        DailyMailTask,
+        "num_layers=1,d_model=16,d_ff=24,num_heads=2,d_kv=8,dropout_rate=0",
+        ["--max_source_length", "40", "--max_target_length", "12"],
+    ),
+}
+
+
+def train_flags(example):
+    _, config, lengths = EXAMPLES[example]
+    flags = ["--preset", "demo", "--config_overrides", config, "--vocab_size", "400", *lengths]
+    return [*flags, "--num_train", f"{NUM_TRAIN}", "--num_train_epochs", "1"]
+
+
+def scores(directory):
+    return load_file(directory / "scores_ekfac_half" / "pairwise_scores.safetensors")["all_modules"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_train_and_analyze_under_torchrun(example, tmp_path):
+    """train.py and analyze.py in two processes with the seed's flags; scores are those of one process."""
+    place = ["--checkpoint_dir", tmp_path / "checkpoint"]
+    out = run_process([*TORCHRUN, f"{example}/train.py", *train_flags(example), *place]).ok()
+    assert out.count("Checkpoint:") == 1 and "2 x cpu" in out
+    analyze = ["--preset", "demo", "--num_queries", NUM_QUERIES, *place]
+    two = [*TORCHRUN, f"{example}/analyze.py", *SEED_COMMAND, *analyze, "--output_dir", tmp_path / "two"]
+    out = run_process(two).ok()
+    assert out.count(f"({NUM_QUERIES}, {NUM_TRAIN}) [queries, training examples]") == 1  # only the first one prints
+    one = [*SEED_COMMAND[:-1], *analyze, "--output_dir", tmp_path / "one"]
+    run("analyze", *one, task_class=EXAMPLES[example][0]).ok()
+    pair = torch.stack([scores(tmp_path / name).flatten() for name in ("one", "two")])
+    assert torch.corrcoef(pair)[0, 1] > 0.99  # emulated bfloat16: sampled labels may differ at a boundary
+
+
+def process_of_rank(rank: int, launcher: int) -> int | None:
+    """The process that torchrun (of this process id) started as that rank."""
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((directory / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            if parent == launcher and f"RANK={rank}".encode() in (directory / "environ").read_bytes().split(b"\0"):
+                return int(directory.name)
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="no /proc to find the process in")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_dies_ends_the_job_and_a_rerun_goes_on(rank, tmp_path):
+    """Killed after the covariances: no hang, told which and why; the rerun keeps what was finished, same scores."""
+    place = ["--checkpoint_dir", tmp_path / "checkpoint"]
+    run("train", *train_flags("wikitext_gpt2"), "--num_train", "1000", *place).ok()
+    output_dir = tmp_path / "results"
+    flags = ["--preset", "demo", "--factor_strategy", "ekfac", "--factor_batch_size", "2", "--use_ddp"]
+    command = [*TORCHRUN, "wikitext_gpt2/analyze.py", *flags, *place, "--output_dir", output_dir]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    job = subprocess.Popen(
+        [sys.executable, *map(str, command)], cwd=ROOT, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    covariance, deadline = output_dir / "factors_ekfac" / "covariance.json", time.monotonic() + 200
+    while not covariance.exists() and time.monotonic() < deadline and job.poll() is None:
+        time.sleep(0.005)
+    os.kill(process_of_rank(rank, job.pid), signal.SIGKILL)
+    killed = time.monotonic()
+    out, _ = job.communicate(timeout=ENDS_WITHIN)
+    assert time.monotonic() - killed < ENDS_WITHIN
+    assert job.returncode != 0 and "SIGKILL" in out and f"rank      : {rank}" in out
+    assert not (output_dir / "scores_ekfac" / "pairwise_scores.json").exists()
+
+    out = run_process(command).ok()
+    assert f"Found finished {covariance}" in out
+    run("analyze", *flags[:-1], *place, "--output_dir", tmp_path / "one").ok()
+    file = "scores_ekfac/pairwise_scores.safetensors"
+    pair = torch.stack([load_file(tmp_path / name / file)["all_modules"].flatten() for name in ("results", "one")])
+    assert torch.corrcoef(pair)[0, 1] > 0.999
+
+
+@pytest.mark.slow
+def test_a_process_that_refuses_its_input_ends_the_job(tmp_path):
+    """Its line is shown, and no other process waits for it."""
+    place = ["--checkpoint_dir", tmp_path / "none", "--output_dir", tmp_path / "results"]
+    start = time.monotonic()
+    outcome = run_process([*TORCHRUN, "swag_roberta/analyze.py", "--preset", "demo", "--use_ddp", *place])
+    assert outcome.code != 0 and "error: no checkpoint in" in outcome.err
+    assert time.monotonic() - start < ENDS_WITHIN
