@@ -58,6 +58,12 @@ class DailyMailTask(PretrainedTask):
         },
     }
     auto_model, config_class = AutoModelForSeq2SeqLM, T5Config
+    follows = {
+        "num_decoder_layers": "num_layers",
+        "is_gated_act": "feed_forward_proj",
+        "dense_act_fn": "feed_forward_proj",
+        "scale_decoder_outputs": "tie_word_embeddings",
+    }
     tokenizer_style = "t5"
     columns = ("article", "highlights")
 

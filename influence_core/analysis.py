@@ -8,6 +8,7 @@ from torch import Tensor
 
 from influence_core.batches import make_batch
 from influence_core.factors.fit import fit_factors, refuse_foreign_factors
+from influence_core.factors.kept import KeptCaptures
 from influence_core.factors.strategies import Damping, find_strategy
 from influence_core.layers import TrackedLayer
 from influence_core.passes import LossFunction, Probe
@@ -65,7 +66,12 @@ def analyze(
         num_workers=study.runtime.num_workers,
     )
     plan = plan_analysis(study, work, memory_budget)
-    factor_stores = {name: fit_factors(study, name, factor_batch_size) for name in strategy_names}
+    kept = KeptCaptures(plan.kept_bytes)
+    # Those with covariances first: what their pass kept then serves the first Lambda, of whichever strategy.
+    in_order = sorted(strategies, key=lambda strategy: not strategy.in_eigenbasis)
+    stores = {strategy.name: fit_factors(study, strategy.name, factor_batch_size, kept) for strategy in in_order}
+    kept.clear()
+    factor_stores = {name: stores[name] for name in strategy_names}
     return compute_pairwise_scores(
         study, factor_stores, query_dataset, plan, damping, query_batch_size, train_batch_size
     )
@@ -80,7 +86,6 @@ def plan_analysis(study: Study, work: Work, memory_budget: int | None) -> Plan:
     study.runtime.print(describe_plan(plan, study.layers, work, in_use, budget))
     study.runtime.print(f"  numbers  {study.runtime.precision.description}, on {study.runtime.device}")
     study.planned_memory = in_use + max(plan.peak_bytes.values())
-    study.kept_bytes = plan.kept_bytes
     study.planned_flops = plan_flops(plan, study.layers, work)
     return plan
 

@@ -9,10 +9,15 @@ from influence_core.runtime import Runtime
 from influence_core.task import EXAMPLE_INDEX, Batch, InfluenceTask
 
 
+def shares(num_examples: int, runtime: Runtime) -> list[range]:
+    """The examples of each process: contiguous shares, uneven or empty where they have to be."""
+    bounds = [num_examples * rank // runtime.world_size for rank in range(runtime.world_size + 1)]
+    return [range(start, stop) for start, stop in zip(bounds, bounds[1:])]
+
+
 def share(num_examples: int, runtime: Runtime) -> range:
-    """The examples that belong to this process: a contiguous share, uneven or empty where it has to be."""
-    rank, world_size = runtime.rank, runtime.world_size
-    return range(num_examples * rank // world_size, num_examples * (rank + 1) // world_size)
+    """The examples that belong to this process."""
+    return shares(num_examples, runtime)[runtime.rank]
 
 
 def order_examples(lengths: Sequence[int], runtime: Runtime) -> list[int]:

@@ -3,7 +3,7 @@
 A language model's head makes [positions, vocabulary] logits, for GPT-2 sixty times the size of its input. Here they
 exist only for one chunk of positions at a time: logits, label sampling, loss and the gradients are done while the chunk
 is at hand. Cost: 2 t d v FLOPs, and as many again for each gradient wanted, that of the hidden state (influence) and
-that of the weight (training); memory: chunk * v floats.
+that of the weight (training); memory: chunk * v floats, on a GPU up to three times as many.
 """
 
 import torch
@@ -55,24 +55,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             logits = _logits(precision, precision.operand(hidden[rows]), operand_weight, buffer)
-            maximum = logits.amax(-1, keepdim=True)
-            target_logit = None if labels is None else logits.gather(-1, labels[rows, None])
+            if labels is not None:  # beside the largest one, that the softmax then takes to 1 / sum
+                target_logit = logits.gather(-1, labels[rows, None]) - logits.amax(-1, keepdim=True)
             probabilities = torch.softmax(logits, -1, out=None if buffer is None else logits)
             if labels is None:  # a category is sampled only where its probability is not zero
                 target = sample_categorical(probabilities[:, : len(weight)], uniforms[rows]).unsqueeze(-1)
                 log_likelihood = probabilities.gather(-1, target).clamp_min(torch.finfo(loss.dtype).tiny).log()
             else:  # the largest probability gives log sum exp: unlike the target's it never rounds to zero
                 target = labels[rows, None]
-                log_likelihood = target_logit - maximum + probabilities.amax(-1, keepdim=True).log()
+                log_likelihood = target_logit + probabilities.amax(-1, keepdim=True).log()
             loss -= log_likelihood.sum()
             if hidden_gradient is None and weight_gradient is None:
                 continue
-            logit_gradient = probabilities.scatter_add_(-1, target, torch.full_like(maximum, -1.0))
+            logit_gradient = probabilities.scatter_add_(-1, target, torch.full_like(log_likelihood, -1.0))
             logit_gradient = precision.operand(logit_gradient[:, : len(weight)])
             if hidden_gradient is not None:
                 hidden_gradient[rows] = precision.matmul(logit_gradient, operand_weight)
             if weight_gradient is not None:
                 precision.add_matmul(weight_gradient, logit_gradient.t(), precision.operand(hidden[rows]))
+            del logits, probabilities, logit_gradient  # before the next chunk's take their place
         ctx.gradients = hidden_gradient, weight_gradient
         return loss
 

@@ -106,8 +106,8 @@ class Runtime:
         return int(tensor)
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
-        """Give every process the tensor (contiguous) of rank `source`, in place."""
-        if self.world_size > 1:
+        """Give every process the tensor (contiguous, perhaps empty) of rank `source`, in place."""
+        if self.world_size > 1 and tensor.numel():
             assert tensor.is_contiguous()
             dist.broadcast(tensor, source)
 

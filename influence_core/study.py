@@ -55,8 +55,7 @@ class Study:
         self.computed: set[Path] = set()  # manifests of the stages that this process went through
         self.planned_memory: int | None = None  # bytes at the peak, once there is a plan
         self.planned_flops: dict[str, float] = {}  # by stage
-        self.kept_bytes = 0  # that the covariance pass may keep for the Lambda pass, by the plan
-        self.num_kept = 0  # examples of which it did
+        self.num_kept = 0  # examples that the last pass over the training set got from the one before
 
     @cached_property
     def layers(self) -> list[TrackedLayer]:

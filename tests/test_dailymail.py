@@ -203,6 +203,31 @@ def test_the_demo_s_summaries():
     assert not {row["article"] for row in train} & {row["article"] for row in validation}
 
 
+def test_a_stored_config_follows_its_overrides(tmp_path):
+    """What T5Config derives from a field is derived anew: blocks of the decoder, the feed-forward's kind, the scale."""
+    stored = DailyMailTask(**flags()).load_model(None).config
+    stored.save_pretrained(tmp_path)
+    overrides = "num_layers=3,feed_forward_proj=gated-gelu,tie_word_embeddings=False"
+    changed = flags(model_name_or_path=str(tmp_path), config_overrides=overrides)
+    config = DailyMailTask(**changed).load_model(None).config
+    assert (config.num_layers, config.num_decoder_layers, config.d_model) == (3, 3, 16)
+    assert config.is_gated_act and config.dense_act_fn == "gelu_new" and not config.scale_decoder_outputs
+
+
+def test_only_the_articles_that_are_used_are_tokenised():
+    """CNN/DailyMail has 287,113; a part of them needs no more than the parts that hold it."""
+    task, made = DailyMailTask(**flags()), []
+    tokenized = task.tokenized
+    task.tokenized = lambda rows: made.append(len(rows)) or tokenized(rows)
+    task.rows_at_once = 100
+    assert len(task.load_dataset("train")) == len(demo_summaries("train")) and not made
+    examples = task.load_dataset("train", [5, 7, 250, 8])
+    assert made == [100, 100]
+    expected = DailyMailTask(**flags()).load_dataset("train")
+    assert all((x["labels"] == expected[i]["labels"]).all() for x, i in zip(examples, (5, 7, 250, 8)))
+    assert len(list(task.load_dataset("train"))) == len(expected)
+
+
 def test_lengths_that_hold_nothing():
     with pytest.raises(UserError, match="--max_target_length must be at least 2"):
         DailyMailTask(**flags(max_target_length=1))

@@ -1,38 +1,49 @@
 """What the covariance pass captured serves the Lambda pass: fewer passes, the very same numbers, no more memory."""
 
+import contextlib
+from dataclasses import replace
+
 import pytest
 import torch
 
 from influence_core import analysis
 from influence_core.factors.kept import KeptCaptures
+from influence_core.factors.lambdas import LambdaSums
 from influence_core.passes import Captured
+from influence_core.runtime import Runtime
+from influence_core.scores import plan as planning
 from tests.studies import make_study, score
-from tests.test_resume import StoppingTask, contents
+from tests.test_exactness import FLOAT64, SEED
+from tests.test_processes import run_processes
+from tests.test_resume import Stopped, StoppingTask, contents
+
+ALL = 1 << 30
 
 
-def score_with(directory, monkeypatch, kept_bytes, task=None):
-    """The task, and what an analysis left on disk, where the plan keeps so many bytes."""
-
-    def plan(study, *arguments):
-        made = original(study, *arguments)
-        study.kept_bytes = kept_bytes
-        return made
-
+@contextlib.contextmanager
+def keeping(kept_bytes):
+    """Every plan lets so many bytes be kept."""
     original = analysis.plan_analysis
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(analysis, "plan_analysis", lambda *given: replace(original(*given), kept_bytes=kept_bytes))
+        yield
+
+
+def score_with(directory, kept_bytes, task=None, strategies=("ekfac",), **options):
+    """(the task with its notes, the study, what it left on disk)"""
     task = task or StoppingTask()
-    with monkeypatch.context() as patch:
-        patch.setattr(analysis, "plan_analysis", plan)
-        study = make_study(directory, task)
-        score(study, ["ekfac"])
+    study = make_study(directory, task, **options)
+    with keeping(kept_bytes):
+        score(study, strategies)
     return task, study, contents(directory)
 
 
-@pytest.mark.parametrize("kept_bytes, some", [(1 << 30, False), (25_000, True)])
-def test_kept_batches_are_not_run_again_and_change_nothing(kept_bytes, some, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kept_bytes, some", [(ALL, False), (25_000, True)])
+def test_kept_batches_are_not_run_again_and_change_nothing(kept_bytes, some, tmp_path):
     """Factors and scores byte by byte, whether all batches are kept, or those that fit."""
-    plain, study, expected = score_with(tmp_path / "plain", monkeypatch, 0)
+    plain, study, expected = score_with(tmp_path / "plain", 0)
     assert study.num_kept == 0
-    task, study, stored = score_with(tmp_path / "kept", monkeypatch, kept_bytes)
+    task, study, stored = score_with(tmp_path / "kept", kept_bytes)
     assert stored == expected
     assert (0 < study.num_kept < 40) if some else study.num_kept == 40
     assert len(plain.losses) - len(task.losses) == -(-study.num_kept // 6)
@@ -60,16 +71,74 @@ def test_a_tensor_that_layers_share_counts_once():
     assert kept.num_examples == 1
 
 
-def test_what_is_kept_stays_below_the_peak_of_the_plan(tmp_path):
-    """And is within the peaks that the plan tells."""
-    study = make_study(tmp_path)
-    score(study, ["ekfac"], factor_batch_size=1)
-    assert study.kept_bytes > 0 and study.num_kept > 0
+def test_the_plan_keeps_only_what_raises_no_peak(tmp_path):
+    """Its highest peak is the same with what is kept, and some batches are."""
+    plans = []
+    original = analysis.make_plan
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(analysis, "make_plan", lambda *given: plans.append(original(*given)) or plans[-1])
+        study = make_study(tmp_path)
+        score(study, ["ekfac"], factor_batch_size=1)
+    assert plans[0].kept_bytes > 0 and study.num_kept > 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "_keep_captures", lambda plan, *_: plan)
+        patch.setattr(analysis, "make_plan", lambda *given: plans.append(original(*given)) or plans[-1])
+        score(make_study(tmp_path / "without"), ["ekfac"], factor_batch_size=1)
+    assert max(plans[0].peak_bytes.values()) == max(plans[1].peak_bytes.values())
 
 
-def test_memory_that_runs_out_is_taken_from_what_is_kept(tmp_path, monkeypatch):
+@pytest.mark.parametrize("strategies", [("kfac", "ekfac"), ("diagonal", "ekfac"), ("kfac", "diagonal")])
+def test_whichever_strategy_comes_next_takes_it(strategies, tmp_path):
+    """One covariance pass, and no other for the first Lambda; results as without."""
+    plain, _, expected = score_with(tmp_path / "plain", 0, strategies=strategies)
+    task, _, stored = score_with(tmp_path / "kept", ALL, strategies=strategies)
+    assert stored == expected
+    assert len(plain.losses) - len(task.losses) == 7  # batches of 6 of 40
+
+
+def test_a_run_stopped_while_it_used_what_was_kept_goes_on(tmp_path):
+    """The kept batches are gone with the process; the rerun makes the rest of them again."""
+    expected = score_with(tmp_path / "plain", 0)[2]
+    study = make_study(tmp_path / "kept", StoppingTask(), progress_interval=0.0)
+    updates, update = [], LambdaSums.update
+
+    def stopping(sums, *arguments):
+        updates.append(True)
+        if len(updates) == 8:  # within the third batch
+            raise Stopped
+        update(sums, *arguments)
+
+    with keeping(ALL), pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(LambdaSums, "update", stopping)
+        score(study, ["ekfac"])
+    assert study.num_kept == 40
+    task, _, stored = score_with(tmp_path / "kept", ALL)
+    assert stored == expected
+    assert sum(sampled for sampled, _ in task.losses) == 7 - 2  # batches of Lambda that were left
+
+
+def in_processes(directory, runtime):
+    """[(scores, number of examples kept)], of one training example, that leaves a process without any, and of 40."""
+    results = []
+    for num_train in (1, 40):
+        study = make_study(directory / str(num_train), num_train=num_train, runtime=runtime)
+        with keeping(ALL):
+            results.append((score(study, ["ekfac"])["ekfac"], study.num_kept))
+    return results
+
+
+def test_several_processes_keep_their_own(tmp_path):
+    """Scores as of one process, and each kept its share."""
+    alone = in_processes(tmp_path / "alone", Runtime(precision=FLOAT64, seed=SEED))
+    for rank, results in enumerate(run_processes(in_processes, 2, tmp_path)):
+        assert [kept for _, kept in results] == [rank, 20]
+        for (scores, _), (expected, _) in zip(results, alone):
+            torch.testing.assert_close(scores, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
+
+
+def test_memory_that_runs_out_is_taken_from_what_is_kept(tmp_path):
     """The batch is then run as it was, and the Lambda pass runs all of them again."""
-    expected = score_with(tmp_path / "plain", monkeypatch, 0)[2]
+    expected = score_with(tmp_path / "plain", 0)[2]
     task = StoppingTask()
     original, failed = task.train_loss, []
 
@@ -80,5 +149,5 @@ def test_memory_that_runs_out_is_taken_from_what_is_kept(tmp_path, monkeypatch):
         return original(*arguments)
 
     task.train_loss = train_loss
-    _, study, stored = score_with(tmp_path / "kept", monkeypatch, 1 << 30, task)
+    _, study, stored = score_with(tmp_path / "kept", ALL, task)
     assert failed and study.num_kept == 0 and stored == expected

@@ -44,9 +44,7 @@ def test_the_readme_s_task_through_all_scripts(place):
     """Outside the repository, with no argument but where the data is and how small the model."""
 
     def call(script, *flags):
-        return run_process(
-            [f"my_task/{script}.py", *flags], place, PYTHONPATH=f"{place}:{ROOT}", HF_HOME=str(place / "cache")
-        ).ok()
+        return run_process(["-m", f"my_task.{script}", *flags], place, HF_HOME=str(place / "cache")).ok()
 
     model = ["--model_name_or_path", "data", "--config_overrides", MODEL, "--vocab_size", "400"]
     out = call("train", *model, "--dataset_name_or_path", "data", "--num_train_epochs", "1")

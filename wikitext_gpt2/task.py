@@ -56,7 +56,8 @@ class WikiTextTask(PretrainedTask):
 
     auto_model, config_class, columns = AutoModelForCausalLM, GPT2Config, ("text",)
     tokenizer_style = "gpt2"
-    rows_at_once = 1000  # as the Hugging Face example joins them before they are cut into blocks
+    # Rows are joined by the thousand, as the Hugging Face example does, and cut into blocks.
+    one_example_a_row, rows_at_once = False, 1000
 
     def __init__(self, block_size, **flags):
         super().__init__(**flags)

@@ -30,38 +30,36 @@ def _analyze(task_class: type[ExampleTask], arguments) -> None:
     runtime = Runtime.start(
         arguments.use_ddp, arguments.use_half_precision, arguments.use_compile, arguments.seed, bool(arguments.use_tf32)
     )
-    try:
-        task = task_class(**arguments.task)
-        model = task.load_model(arguments.checkpoint_dir).to(runtime.device)
-        train_dataset, query_dataset = load_datasets(task, arguments)
-        num_train, num_queries = len(train_dataset), len(query_dataset)
-        study = Study(
-            task,
-            model,
-            train_dataset,
-            Path(arguments.output_dir),
-            runtime,
-            use_empirical_fisher=bool(arguments.use_empirical_fisher),
-            overwrite=bool(arguments.overwrite),
-            scores_suffix=arguments.scores_suffix or "",
-        )
-        scores = analyze(
-            study,
-            arguments.factor_strategy,
-            query_dataset,
-            damping=arguments.damping_factor,
-            query_batch_size=_batch_size(arguments, "query_batch_size", num_queries, runtime),
-            train_batch_size=_batch_size(arguments, "train_batch_size", num_train, runtime),
-            factor_batch_size=_batch_size(arguments, "factor_batch_size", num_train, runtime),
-            memory_budget=None if arguments.memory_budget_gb is None else int(arguments.memory_budget_gb * 1e9),
-        )
-        runtime.print(f"\n{study.profiler.table()}\n")
-        peak, planned = gigabytes(runtime.peak_memory()), gigabytes(study.planned_memory)
-        runtime.print(f"Peak memory {peak} (planned {planned})\n")
-        if runtime.is_main:
-            _report(task, study, scores, query_dataset, arguments.show_queries)
-    finally:
-        runtime.stop()
+    task = task_class(**arguments.task)
+    model = task.load_model(arguments.checkpoint_dir).to(runtime.device)
+    train_dataset, query_dataset = load_datasets(task, arguments)
+    num_train, num_queries = len(train_dataset), len(query_dataset)
+    study = Study(
+        task,
+        model,
+        train_dataset,
+        Path(arguments.output_dir),
+        runtime,
+        use_empirical_fisher=bool(arguments.use_empirical_fisher),
+        overwrite=bool(arguments.overwrite),
+        scores_suffix=arguments.scores_suffix or "",
+    )
+    scores = analyze(
+        study,
+        arguments.factor_strategy,
+        query_dataset,
+        damping=arguments.damping_factor,
+        query_batch_size=_batch_size(arguments, "query_batch_size", num_queries, runtime),
+        train_batch_size=_batch_size(arguments, "train_batch_size", num_train, runtime),
+        factor_batch_size=_batch_size(arguments, "factor_batch_size", num_train, runtime),
+        memory_budget=None if arguments.memory_budget_gb is None else int(arguments.memory_budget_gb * 1e9),
+    )
+    runtime.print(f"\n{study.profiler.table()}\n")
+    peak, planned = gigabytes(runtime.peak_memory()), gigabytes(study.planned_memory)
+    runtime.print(f"Peak memory {peak} (planned {planned})\n")
+    if runtime.is_main:
+        _report(task, study, scores, query_dataset, arguments.show_queries)
+    runtime.stop()  # not after an error: leaving the group would wait for processes that wait for this one
 
 
 def require_checkpoint(task_class: type[ExampleTask], arguments) -> None:

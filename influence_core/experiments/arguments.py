@@ -7,13 +7,14 @@ checkpoint was trained with; the preset's default; the default of all examples.
 import argparse
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from influence_core.errors import UserError
-from influence_core.experiments.example import ExampleTask
+from influence_core.experiments.example import ExampleTask, is_main_process
 from influence_core.factors.strategies import HEURISTIC, HEURISTIC_SCALE, STRATEGIES, damping_scale
 
 TRAINING_RECORD = "training.json"  # in a checkpoint: the flags that made it
@@ -52,11 +53,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def run_script(script: Callable[[], None]) -> None:
-    """Run a script's main function; bad input ends it with one line and exit code 2."""
+    """Run a script's main function; bad input ends it with one line (of each process that meets it) and exit code 2."""
     try:
         script()
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        whose = "" if is_main_process() else f" (process {os.environ['RANK']})"
+        print(f"error{whose}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; what was finished is stored", file=sys.stderr)

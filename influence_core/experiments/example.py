@@ -3,7 +3,7 @@
 import argparse
 import os
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -121,7 +121,7 @@ def _number(text: str) -> Any:
     return text
 
 
-def take(examples: list, indices) -> list:
+def take(examples: Sequence[Any], indices) -> Sequence[Any]:
     """The examples at `indices`, or all."""
     return examples if indices is None else [examples[index] for index in indices]
 

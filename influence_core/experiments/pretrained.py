@@ -2,6 +2,7 @@
 
 import itertools
 from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -28,13 +29,41 @@ DEMO_DEFAULTS = {
 }
 
 
+class _Parts(Sequence):
+    """The examples of some rows, a part of them made when one of its examples is first asked for."""
+
+    def __init__(self, rows, rows_at_once: int, make: Callable[[list[dict]], list[Any]]):
+        self.rows, self.rows_at_once, self.make = rows, rows_at_once, make
+        self.made: dict[int, list[Any]] = {}
+        self.num_parts = -(-len(rows) // rows_at_once)
+
+    def part(self, number: int) -> list[Any]:
+        if number not in self.made:
+            rows = self.rows[number * self.rows_at_once : (number + 1) * self.rows_at_once]
+            if not isinstance(rows, list):  # a Dataset gives columns
+                rows = [dict(zip(rows, values)) for values in zip(*rows.values())]
+            self.made[number] = self.make(rows)
+        return self.made[number]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        index = range(len(self))[index]
+        if isinstance(index, range):  # of a slice
+            return [self[each] for each in index]
+        return self.part(index // self.rows_at_once)[index % self.rows_at_once]
+
+
 class PretrainedTask(ExampleTask):
     """An example whose flags name a model, a tokenizer and a dataset; what is left is what the task is about."""
 
     auto_model: ClassVar[type]  # such as AutoModelForCausalLM
     config_class: ClassVar[type[PretrainedConfig]]  # of models from scratch
     columns: ClassVar[tuple[str, ...]]  # that the dataset must have
+    follows: ClassVar[dict[str, str]] = {}  # {field of a stored config: the field whose override it follows}
     tokenizer_style: ClassVar[str]  # whose special tokens a new tokenizer gets, see train_tokenizer
+    one_example_a_row: ClassVar[bool] = True
     rows_at_once: ClassVar[int] = 1000  # of the dataset, that are made into examples together
 
     def __init__(
@@ -46,7 +75,7 @@ class PretrainedTask(ExampleTask):
         self.dataset_source, self.dataset_config = dataset_name_or_path, dataset_config
         self.split_sources = {"train": train_split or "train", "validation": validation_split or "validation"}
         self.vocab_size = vocab_size
-        self._splits: dict[str, list[Any]] = {}  # the examples that were made
+        self._splits: dict[str, Sequence[Any]] = {}  # the examples, by split
 
     @staticmethod
     def add_arguments(parser):
@@ -76,8 +105,8 @@ class PretrainedTask(ExampleTask):
         if self.is_demo:
             return list(demo_corpus().values())
         rows = self.rows("train")
-        columns = [column for column in self.columns if rows.features[column].dtype == "string"]
-        return [text for column in columns for text in rows[column]]
+        kinds = {column: getattr(rows.features[column], "dtype", None) for column in self.columns}
+        return [text for column, kind in kinds.items() if kind in ("string", "large_string") for text in rows[column]]
 
     def config_values(self) -> dict[str, Any]:
         """What the config of a model from scratch takes from the tokenizer and the task."""
@@ -129,10 +158,12 @@ class PretrainedTask(ExampleTask):
             raise UserError(f"--config_overrides: a {self.config_class.__name__} has no {', '.join(unknown)}")
         values = {**self.config_values(), **self.config_overrides}
         try:
+            config_class, stored = self.config_class, {}
             if self.model_source and Path(self.model_source, "config.json").is_file():
-                config = AutoConfig.from_pretrained(self.model_source, **values)
-            else:
-                config = self.config_class(**values)
+                config_class = type(AutoConfig.from_pretrained(self.model_source))
+                stored, _ = config_class.get_config_dict(self.model_source)
+                stored = {key: value for key, value in stored.items() if self.follows.get(key) not in values}
+            config = config_class(**{**stored, **values})
             self.adapt_config(config)
             model = self.auto_model.from_config(config)
         except Exception as error:  # transformers checks a config in many ways
@@ -162,13 +193,12 @@ class PretrainedTask(ExampleTask):
             raise UserError(f"the {split} split has no example")
         return take(self._splits[split], indices)
 
-    def make_examples(self, split: str) -> list[Any]:
-        """All examples of a split."""
-        rows = self.demo_rows(split) if self.is_demo else self.rows(split)
-        examples, indices = [], range(len(rows))
-        for start in indices[:: self.rows_at_once]:
-            examples += self.tokenized([rows[index] for index in indices[start : start + self.rows_at_once]])
-        return examples
+    def make_examples(self, split: str) -> Sequence[Any]:
+        """All examples of a split; made when they are asked for, where each row gives one."""
+        parts = _Parts(self.demo_rows(split) if self.is_demo else self.rows(split), self.rows_at_once, self.tokenized)
+        if self.one_example_a_row:
+            return parts
+        return [example for number in range(parts.num_parts) for example in parts.part(number)]
 
     def rows(self, split: str) -> "Dataset":
         """The dataset's rows of "train" or "validation", or of the part that stands for it."""

@@ -108,7 +108,7 @@ class Retrainer:
         if "train_batch_size" not in arguments.given:  # as large a step as that of all of train.py's processes
             num_processes = record.get("num_processes", 1)
             self.recipe = replace(self.recipe, train_batch_size=self.recipe.train_batch_size * num_processes)
-        self.eval_batch_size = check_size(arguments, "eval_batch_size", len(query_dataset), "queries")
+        self.eval_batch_size = arguments.eval_batch_size
         check_size(arguments, "train_batch_size", len(train_dataset), "training set")
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")

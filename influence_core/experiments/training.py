@@ -22,7 +22,7 @@ from influence_core.experiments.arguments import (
     read_training_record,
     run_script,
 )
-from influence_core.experiments.example import ExampleTask, first_line
+from influence_core.experiments.example import ExampleTask, first_line, is_main_process
 from influence_core.experiments.fitting import Recipe, evaluate, fit
 from influence_core.storage import differences, require_writable, write_json
 
@@ -38,7 +38,8 @@ def _train(task_class: type[ExampleTask], arguments) -> None:
     record["num_processes"] = int(os.environ.get("WORLD_SIZE", 1))
     _refuse_foreign_directory(checkpoint_dir)
     if not arguments.overwrite and _is_finished(checkpoint_dir, record):
-        print(f"Found finished {checkpoint_dir}, trained with the same flags; --overwrite trains again")
+        if is_main_process():
+            print(f"Found finished {checkpoint_dir}, trained with the same flags; --overwrite trains again")
         return
     accelerator = Accelerator(
         mixed_precision="bf16" if arguments.use_half_precision else "no",
@@ -54,7 +55,6 @@ def _train(task_class: type[ExampleTask], arguments) -> None:
     num_train = check_size(arguments, "num_train", len(splits["train"]), "training set")
     splits["train"] = task.load_dataset("train", range(num_train))
     check_size(arguments, "train_batch_size", num_train, "training set")
-    check_size(arguments, "eval_batch_size", max(map(len, splits.values())), "larger split")
     accelerator.print(
         f"{sum(p.numel() for p in model.parameters()):,} parameters; {num_train} training and "
         f"{len(splits['validation'])} validation examples; {accelerator.num_processes} x {accelerator.device}"

@@ -25,16 +25,20 @@ class Sums(Protocol):
     def update(self, layer: TrackedLayer, captured: Captured) -> None: ...
 
 
-def fit_factors(study: Study, strategy_name: str, batch_size: int) -> dict[str, StageStore]:
+def fit_factors(
+    study: Study, strategy_name: str, batch_size: int, kept: KeptCaptures | None = None
+) -> dict[str, StageStore]:
     """Fit and store what a strategy needs, under `factors_<name>`; finished, matching stages are left as they are.
 
+    Args:
+        kept: filled by the covariance pass, and used up by the Lambda pass that comes next, of whichever strategy.
     Returns:
         {stage: store}, for those of covariance, eigendecomposition and lambda that the strategy has.
     """
     strategy = find_strategy(strategy_name)
     name = study.result_name(strategy_name)
     stores: dict[str, StageStore] = {}
-    kept = KeptCaptures(study.kept_bytes if strategy.in_eigenbasis and strategy.needs_lambda else 0)
+    kept = kept or KeptCaptures()
 
     def twins(stage: str, **settings) -> list[StageStore]:
         """The same stage of the other strategies that work in the eigenbasis: kfac's is ekfac's."""
@@ -147,7 +151,6 @@ def _fit_lambda(
             gradient_eigenvectors,
             post_process,
         )
-        study.num_kept = kept.num_examples
         _accumulate(study, store, sums, batch_size, "Fit Lambda", given=kept)
         files = sums.means(study.layers, len(study.train_dataset))
     with study.profiler("Save Lambda"):
@@ -166,13 +169,15 @@ def _accumulate(
 ) -> None:
     """One pass over this process's share of the training set, then the sum over processes.
 
-    Args:
-        keep: gets the first batches; given: the first batches of this same pass, that need not be run again. A pass
-            that goes on somewhere in the middle does without both.
-
     Progress is noted on the way, as the number of examples done in the order of the pass; a run that was killed goes on
     there. With the same batch size it makes the same batches, and so ends with the same numbers.
+
+    Args:
+        keep: gets the first batches.
+        given: the first batches of this same pass, that need not be run again. A pass that goes on somewhere in the
+            middle does without both.
     """
+    keep, given = keep or KeptCaptures(), given or KeptCaptures()
     runtime, order = study.runtime, study.train_order
     partition = {"rank": runtime.rank, "world_size": runtime.world_size, "order": study.train_order_digest}
     done = 0
@@ -182,10 +187,10 @@ def _accumulate(
         for name, tensor in tensors.items():
             sums.tensors[name].copy_(tensor)
         runtime.print(f"{description}: going on after {done} of {len(order)} sequences")
-    for captures in filter(None, (keep, given)):
-        if done:
-            captures.clear()
-    keep, given = keep or KeptCaptures(), given or KeptCaptures()
+    if done:
+        keep.clear()
+        given.clear()
+    study.num_kept = given.num_examples
     clock = study.progress_clock()
     with (
         runtime.progress(len(order), description, initial=done) as bar,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from influence_core.batches import order_examples, share
+from influence_core.batches import order_examples, share, shares
 from influence_core.factors.strategies import Damping, Preconditioner, find_strategy
 from influence_core.fingerprints import dataset_fingerprint
 from influence_core.layers import TrackedLayer
@@ -184,10 +184,8 @@ class _PairwiseJob:
     ) -> dict[str, Tensor]:
         """{layer: [strategies * queries of the tile, parameters of the layer]}, as operands of products."""
         study, runtime, precision = self.study, self.runtime, self.runtime.precision
-        # Alone, a process fills every row itself; what others fill has to be zero before it is summed.
-        make = torch.empty if runtime.world_size == 1 else torch.zeros
         resident = {
-            layer.name: make(
+            layer.name: torch.empty(
                 len(self.strategy_names), len(tile), layer.num_parameters,
                 dtype=precision.operand_dtype, device=runtime.device,
             )
@@ -208,7 +206,10 @@ class _PairwiseJob:
                         for block, matrices in zip(resident[layer.name], gradients):
                             layer.store_flat(matrices, positions[rows], into=block)
                 bar.update(len(indices))
-        runtime.all_reduce(resident.values())  # each process filled the rows of its own queries
+        for block in resident.values():  # each process filled the rows of its own queries
+            for rank, rows in enumerate(shares(len(tile), runtime)):
+                for of_strategy in block:
+                    runtime.broadcast(of_strategy[rows.start : rows.stop], source=rank)
         return {name: block.flatten(0, 1) for name, block in resident.items()}
 
     def _training_pass(

@@ -62,7 +62,7 @@ class Plan:
     pairwise_flops: float
     scored_at_once: int = 1  # training examples that are held until they are scored, if a batch has fewer
     kept_bytes: int = 0  # that the covariance pass may keep for the Lambda pass
-    kept_share: float = 0.0  # of the training examples, that these are about
+    kept_share: float = 0.0  # for how many of the training examples these bytes suffice
 
     @property
     def num_passes(self) -> int:
@@ -104,17 +104,15 @@ def make_plan(layers: list[TrackedLayer], work: Work, budget: int, in_use: int =
 
 def _keep_captures(plan: Plan, layers: list[TrackedLayer], work: Work) -> Plan:
     """Keep what the covariance pass captured for the Lambda pass, as far as the peak is that of another stage."""
-    stages = ("covariance", "eigendecomposition", "lambda")
-    if not all(stage in plan.peak_bytes for stage in stages):
+    stages = [stage for stage in ("covariance", "eigendecomposition", "lambda") if stage in plan.peak_bytes]
+    if not {"covariance", "lambda"} <= set(stages):
         return plan
     room = max(plan.peak_bytes.values()) - max(plan.peak_bytes[stage] for stage in stages)
-    an_example = work.product_bytes * sum(
-        work.train.positions[layer.name] * (layer.in_features + layer.out_features) for layer in layers
-    )
-    kept = min(room, int(an_example * -(-work.num_train // work.num_processes)))
+    numbers = sum(work.train.positions[layer.name] * (layer.in_features + layer.out_features) for layer in layers)
+    of_all = int(numbers * work.product_bytes * -(-work.num_train // work.num_processes))
+    kept = min(room, of_all)
     peaks = {stage: peak + kept * (stage in stages) for stage, peak in plan.peak_bytes.items()}
-    share = kept / (an_example * -(-work.num_train // work.num_processes))
-    return replace(plan, kept_bytes=kept, kept_share=share, peak_bytes=peaks)
+    return replace(plan, kept_bytes=kept, kept_share=kept / of_all, peak_bytes=peaks)
 
 
 def _score_many_at_once(plan: Plan, work: Work, budget: int) -> Plan:
@@ -248,11 +246,7 @@ def fit_flops(layers: list[TrackedLayer], work: Work) -> dict[str, float]:
 
 def plan_flops(plan: Plan, layers: list[TrackedLayer], work: Work) -> dict[str, float]:
     """FLOPs of every stage of the analysis."""
-    flops = fit_flops(layers, work)
-    if plan.kept_share:
-        one_pass = work.train.forward_flops + work.train.backward_flops
-        flops["lambda"] -= plan.kept_share * work.num_train * one_pass
-    return {**flops, "pairwise": plan.pairwise_flops}
+    return {**fit_flops(layers, work), "pairwise": plan.pairwise_flops}
 
 
 def _rotation_flops(layer: TrackedLayer, probe: Probe) -> float:

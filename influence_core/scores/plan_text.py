@@ -14,6 +14,9 @@ def describe_plan(plan: Plan, layers: list[TrackedLayer], work: Work, in_use: in
         passes += f" ({len(plan.layer_groups)} groups of layers x {len(plan.query_tiles)} tiles of queries)"
     if plan.scored_at_once > work.train_batch_size:
         passes += f", {plan.scored_at_once} examples scored at once"
+    kept = ""
+    if plan.kept_bytes:
+        kept = f"; the lambda pass runs up to {plan.kept_share:.0%} less ({gigabytes(plan.kept_bytes)} kept)"
     disk = factor_bytes(layers, work) + work.num_rows * work.num_train * 4
     rows = {
         "tracked": f"{len(layers)} layers, {sum(layer.num_parameters for layer in layers):,} parameters",
@@ -23,10 +26,7 @@ def describe_plan(plan: Plan, layers: list[TrackedLayer], work: Work, in_use: in
         "queries": f"{gigabytes(plan.resident_bytes)} of preconditioned gradients stay in memory",
         "memory": f"{gigabytes(in_use + max(plan.peak_bytes.values()))} at the peak ({stages}); "
         f"{gigabytes(in_use)} in use, {gigabytes(budget)} more may be taken",
-        "kept": f"{gigabytes(plan.kept_bytes)} of the covariance pass for the lambda pass, {plan.kept_share:.0%} of it",
         "disk": f"{gigabytes(disk)} of factors and scores",
-        "work": ", ".join(f"{stage} {count / 1e12:.3g}" for stage, count in flops.items()) + " TFLOP",
+        "work": ", ".join(f"{stage} {count / 1e12:.3g}" for stage, count in flops.items()) + f" TFLOP{kept}",
     }
-    if not plan.kept_bytes:
-        del rows["kept"]
     return "Plan\n" + "\n".join(f"  {name:<8} {text}" for name, text in rows.items())

@@ -38,7 +38,7 @@ def main():
     arguments = parser.parse_args(own)
     first, *others = arguments.num_processes
     seconds = {number: {stage: [] for stage in STAGES} for number in arguments.num_processes}
-    at_once = {number: [] for number in arguments.num_processes if number <= os.cpu_count()}
+    at_once = {number: [] for number in {1, *arguments.num_processes} if number <= os.cpu_count()}
     with tempfile.TemporaryDirectory() as name:
         directories = {number: Path(name, str(number)) for number in arguments.num_processes}
         for _ in range(arguments.repeats):
@@ -49,7 +49,7 @@ def main():
                 times.append(side_by_side(arguments.example, number, Path(name), flags))
         print_times(seconds)
         for number, times in at_once.items():
-            most = number * median(at_once[first]) / median(times)
+            most = number * median(at_once[1]) / median(times)
             print(f"{number} independent analyses at once do {most:.2f}x the work of one in the same time")
         for number in others:
             shared = share_eigenvectors(directories[first], Path(name, f"{number}_shared"))

@@ -90,10 +90,10 @@ def run_ours(arguments, setting: Setting, train: list, time_passes: bool = False
         for data, loss in ((train, study.fisher_loss), (setting.queries, setting.task.measurement))
         for probe in [probe_example(study, data, loss, study.layers)]
     )
-    # The lambda pass does not run again what the covariance pass kept, and the plan does not count it.
-    run_again = 1 - study.num_kept / len(train)
-    passes = {"Fit Covariance": of_train, "Fit Lambda": run_again * of_train, PAIRWISE: of_train + of_queries}
+    passes = {"Fit Covariance": of_train, "Fit Lambda": of_train, PAIRWISE: of_train + of_queries}
     products = {stage: count - passes.get(stage, 0) for stage, count in flops.items()}
+    run_again = 1 - study.num_kept / len(train)  # the Lambda pass takes what the covariance pass kept
+    flops["Fit Lambda"] = products.get("Fit Lambda", 0) + run_again * of_train
     run = OurRun(scores[arguments.strategy], seconds, study.planned_memory, flops, products)
     if time_passes:
         fisher = _pass_seconds(study, train, study.fisher_loss, arguments.factor_batch_size)
