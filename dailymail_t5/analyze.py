@@ -3,7 +3,7 @@
     python dailymail_t5/analyze.py --query_batch_size 10 --train_batch_size 16 --num_queries 10 \\
         --checkpoint_dir ./checkpoints --factor_strategy ekfac
 
-Prints the plan, the stage table and articles with their most influential one; dailymail_t5/README.md tells costs.
+Prints the plan, the stage table and articles with their most influential one; dailymail_t5/README.md tells figures.
 """
 
 from dailymail_t5.task import DailyMailTask

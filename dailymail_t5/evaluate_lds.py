@@ -3,7 +3,7 @@
     python dailymail_t5/evaluate_lds.py --scores ekfac identity tfidf --num_masks 100 --num_repeats 5
 
 Prints a query with its most influential article and the mean rank correlation of each kind of scores beside the noise
-ceiling, and draws the figure; dailymail_t5/README.md tells costs and figures.
+ceiling, and draws the figure; dailymail_t5/README.md tells figures.
 """
 
 from dailymail_t5.task import DailyMailTask

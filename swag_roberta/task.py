@@ -50,7 +50,6 @@ class SwagTask(PretrainedTask):
             "max_length": 64,
             "learning_rate": 3e-4,
             "num_train_epochs": 6,
-            "damping_factor": "heuristic",
         },
     }
 
