@@ -16,7 +16,7 @@ def describe_plan(plan: Plan, layers: list[TrackedLayer], work: Work, in_use: in
         passes += f", {plan.scored_at_once} examples scored at once"
     kept = ""
     if plan.kept_bytes:
-        kept = f"; the lambda pass runs up to {plan.kept_share:.0%} less ({gigabytes(plan.kept_bytes)} kept)"
+        kept = f", less passes of {plan.kept_share:.0%} of lambda ({gigabytes(plan.kept_bytes)} kept)"
     disk = factor_bytes(layers, work) + work.num_rows * work.num_train * 4
     rows = {
         "tracked": f"{len(layers)} layers, {sum(layer.num_parameters for layer in layers):,} parameters",
