@@ -13,6 +13,7 @@ from influence_core.factors.strategies import Damping, find_strategy
 from influence_core.layers import TrackedLayer
 from influence_core.passes import LossFunction, Probe
 from influence_core.runtime import is_out_of_memory
+from influence_core.scores.batch_sizes import fit_batch_sizes
 from influence_core.scores.pairwise import compute_pairwise_scores, pairwise_score_store
 from influence_core.scores.plan import Plan, Work, make_plan, plan_flops
 from influence_core.scores.plan_text import describe_plan
@@ -33,8 +34,8 @@ def analyze(
     """Fit what the strategies need and score every query against every training example.
 
     Args:
-        query_batch_size, train_batch_size, factor_batch_size: examples in one forward and backward pass; they
-            change memory and time, not results.
+        query_batch_size, train_batch_size, factor_batch_size: examples in one forward and backward pass, at most;
+            they change memory and time, not results, and are lowered where memory is short.
         memory_budget: bytes that the process may use in all; by default 90 % of what is free, and what it has.
     Returns:
         {strategy: [queries, training examples] float32, on the CPU}; also stored, see `Study.score_store`.
@@ -65,23 +66,29 @@ def analyze(
         num_processes=study.runtime.world_size,
         num_workers=study.runtime.num_workers,
     )
-    plan = plan_analysis(study, work, memory_budget)
+    in_use, budget = available_memory(study, memory_budget)
+    work = fit_batch_sizes(study.layers, work, budget, study.runtime.print)
+    plan = plan_analysis(study, work, in_use, budget)
     kept = KeptCaptures(plan.kept_bytes)
     # Those with covariances first: what their pass kept then serves the first Lambda, of whichever strategy.
     in_order = sorted(strategies, key=lambda strategy: not strategy.in_eigenbasis)
-    stores = {strategy.name: fit_factors(study, strategy.name, factor_batch_size, kept) for strategy in in_order}
+    stores = {strategy.name: fit_factors(study, strategy.name, work.factor_batch_size, kept) for strategy in in_order}
     kept.clear()
     factor_stores = {name: stores[name] for name in strategy_names}
     return compute_pairwise_scores(
-        study, factor_stores, query_dataset, plan, damping, query_batch_size, train_batch_size
+        study, factor_stores, query_dataset, plan, damping, work.query_batch_size, work.train_batch_size
     )
 
 
-def plan_analysis(study: Study, work: Work, memory_budget: int | None) -> Plan:
-    """Make the plan and print it."""
+def available_memory(study: Study, memory_budget: int | None) -> tuple[int, int]:
+    """Bytes in use, and bytes that may be taken beyond them."""
     in_use = study.runtime.used_memory()
     budget = study.runtime.free_memory() if memory_budget is None else memory_budget - in_use
-    budget = study.runtime.smallest(budget)  # all processes follow one plan
+    return in_use, study.runtime.smallest(budget)  # all processes follow one plan
+
+
+def plan_analysis(study: Study, work: Work, in_use: int, budget: int) -> Plan:
+    """Make the plan and print it."""
     plan = make_plan(study.layers, work, budget, in_use)
     study.runtime.print(describe_plan(plan, study.layers, work, in_use, budget))
     study.runtime.print(f"  numbers  {study.runtime.precision.description}, on {study.runtime.device}")
@@ -91,7 +98,7 @@ def plan_analysis(study: Study, work: Work, memory_budget: int | None) -> Plan:
 
 
 def probe_example(study: Study, dataset: Sequence[Any], loss: LossFunction, layers: list[TrackedLayer]) -> Probe:
-    """The memory that the longest example takes, and the FLOPs of a mean one.
+    """The memory that the longest example takes, and what a mean one captures and costs.
 
     Run by one, and by the same one twice, to tell what more examples would not multiply.
     """
@@ -111,6 +118,7 @@ def probe_example(study: Study, dataset: Sequence[Any], loss: LossFunction, laye
         one,
         num_bytes=num_bytes,
         fixed_bytes=one.num_bytes - num_bytes,
+        captured_bytes=int(one.captured_bytes * share_of_longest),
         forward_flops=one.forward_flops * share_of_longest,
         backward_flops=one.backward_flops * share_of_longest,
         positions={name: count * share_of_longest for name, count in one.positions.items()},

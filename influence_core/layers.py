@@ -4,6 +4,9 @@ nn.Linear stores its weight as [out, in], GPT-2's Conv1D as [in, out]. Both comp
 both are one matrix [out, in(+1)]: the bias, where there is one, is the last column, as if each input carried a one
 at its end. No tensor with that column of ones is ever made: it would turn 768 into 769, which matrix units do slowly.
 
+Flattened for products with other gradients, one is held by its parts: the weight's out*in numbers, row by row, and the
+bias's out numbers. Side by side in one row they would keep the batched product that makes them from writing in one go.
+
 Legend: n = examples, t = positions, i = in_features, o = out_features.
 """
 
@@ -15,6 +18,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from influence_core.errors import UserError
+
+Parts = tuple[Tensor, ...]  # gradients flattened, [examples, numbers]: of the weight; of the bias, where there is one
 
 
 @dataclass(frozen=True)
@@ -36,41 +41,53 @@ class TrackedLayer:
     def num_parameters(self) -> int:
         return self.shape[0] * self.shape[1]
 
-    def flat_gradients(self, activations: Tensor, output_gradients: Tensor, out: Tensor | None = None) -> Tensor:
-        """Per-sample gradients, flattened: the out*in weight entries, then the out bias entries.
+    @property
+    def part_sizes(self) -> tuple[int, ...]:
+        """Numbers in a gradient's parts: those of the weight, then those of the bias, where there is one."""
+        weight = self.out_features * self.in_features
+        return (weight, self.out_features) if self.has_bias else (weight,)
+
+    def empty_parts(self, like: Tensor, *shape: int) -> Parts:
+        """Memory for the parts of so many gradients, [*shape, numbers of a part] each."""
+        return tuple(like.new_empty(*shape, size) for size in self.part_sizes)
+
+    def gradient_parts(self, activations: Tensor, output_gradients: Tensor, out: Parts | None = None) -> Parts:
+        """Per-sample gradients, by parts.
 
         Args:
             activations: [n, t, in].
             output_gradients: [n, t, out], of a loss summed over examples.
-            out: optional [n, out*in(+out)] buffer to write into.
+            out: optional memory to write into, of n gradients.
         Returns:
-            [n, out*in(+out)], in the dtype of the arguments. Cost: 2 n t o i FLOPs.
+            ([n, out*in], [n, out] where there is a bias), in the dtype of the arguments. Cost: 2 n t o i FLOPs.
         """
         n, o, i = len(activations), self.out_features, self.in_features
-        if out is None:
-            out = activations.new_empty(n, self.num_parameters)
-        torch.bmm(output_gradients.transpose(1, 2), activations, out=out[:, : o * i].view(n, o, i))
+        out = self.empty_parts(activations, n) if out is None else out
+        torch.bmm(output_gradients.transpose(1, 2), activations, out=out[0].view(n, o, i))
         if self.has_bias:
-            torch.sum(output_gradients, dim=1, out=out[:, o * i :])
+            torch.sum(output_gradients, dim=1, out=out[1])
         return out
 
-    def to_matrix(self, flat: Tensor) -> Tensor:
-        """[n, out*in(+out)] -> [n, out, in(+1)]."""
-        o, i = self.out_features, self.in_features
-        weight = flat[:, : o * i].view(-1, o, i)
-        return torch.cat([weight, flat[:, o * i :].unsqueeze(-1)], dim=-1) if self.has_bias else weight
+    def matrix_gradients(self, activations: Tensor, output_gradients: Tensor) -> Tensor:
+        """Per-sample gradients as matrices, [n, out, in(+1)]; arguments as of `gradient_parts`."""
+        return self.to_matrix(self.gradient_parts(activations, output_gradients))
 
-    def store_flat(self, matrix: Tensor, rows: Tensor, into: Tensor) -> None:
-        """into[rows] = to_flat(matrix), without a copy between; `into` [any number, out*in(+out)], of any dtype."""
-        o, i = self.out_features, self.in_features
-        into[:, : o * i].view(-1, o, i)[rows] = matrix[..., :i].to(into.dtype)
-        if self.has_bias:
-            into[rows, o * i :] = matrix[..., i].to(into.dtype)
+    def to_matrix(self, parts: Parts) -> Tensor:
+        """Parts of n gradients -> [n, out, in(+1)]."""
+        weight = parts[0].view(-1, self.out_features, self.in_features)
+        return torch.cat([weight, parts[1].unsqueeze(-1)], dim=-1) if self.has_bias else weight
 
-    def to_flat(self, matrix: Tensor) -> Tensor:
-        """[n, out, in(+1)] -> [n, out*in(+out)]."""
+    def to_parts(self, matrix: Tensor) -> Parts:
+        """[n, out, in(+1)] -> parts."""
         weight = matrix[..., : self.in_features].flatten(1)
-        return torch.cat([weight, matrix[..., -1]], dim=1) if self.has_bias else weight
+        return (weight, matrix[..., -1]) if self.has_bias else (weight,)
+
+    def store(self, matrix: Tensor, rows: Tensor, into: Parts) -> None:
+        """into[rows] = to_parts(matrix), without a copy between; `into`: of any number of gradients and any dtype."""
+        o, i = self.out_features, self.in_features
+        into[0].view(-1, o, i)[rows] = matrix[..., :i].to(into[0].dtype)
+        if self.has_bias:
+            into[1][rows] = matrix[..., i].to(into[1].dtype)
 
 
 def trackable_layer_names(model: nn.Module) -> list[str]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from influence_core.captured import Captured
 from influence_core.layers import TrackedLayer
 from influence_core.precision import Precision
 from influence_core.task import EXAMPLE_INDEX, Batch
@@ -24,40 +25,13 @@ LossFunction = Callable[[nn.Module, Batch], Tensor]
 MaskFunction = Callable[[Batch, str], Tensor | None]
 
 
-@dataclass
-class Captured:
-    """What one layer saw of one batch: enough for every factor and every per-sample gradient."""
-
-    activations: Tensor  # [rows, positions, in], as operands of products
-    output_gradients: Tensor  # [rows, positions, out], of the summed loss, as operands of products
-    mask: Tensor | None  # [rows, positions] bool, true at real positions; None: all are real
-    active: Tensor | None = None  # [rows, positions] bool, true where there is a gradient; None: nearly everywhere
-    max_active: int = 0  # at most so many are true in a row
-
-    def at_active_positions(self) -> tuple[Tensor, Tensor]:
-        """Activations and output gradients where there is a gradient: all that a per-sample gradient is made of.
-
-        Padding has none, and where the loss reads one position alone, neither has the rest of what the last layers see.
-        """
-        if self.active is None:
-            return self.activations, self.output_gradients
-        num_rows, num_positions = self.active.shape
-        positions = self.active.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : self.max_active]
-        index = positions + num_positions * torch.arange(num_rows, device=positions.device).unsqueeze(1)
-        activations, output_gradients = (
-            x.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape)
-            for x in (self.activations, self.output_gradients)
-        )
-        return activations, output_gradients
-
-
 @dataclass(frozen=True)
 class Probe:
     """What one batch takes, for the plan."""
 
     num_bytes: int  # kept between forward and backward, with what is captured
     fixed_bytes: int  # of these, those that more examples in a batch would not multiply
-    captured_bytes: int  # of all layers' activations and output gradients, as operands of products
+    captured_bytes: int  # of all layers' activations and output gradients, as operands of products (a mean example's)
     forward_flops: float
     backward_flops: float
     positions: dict[str, float]  # rows * positions that each layer sees

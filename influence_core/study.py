@@ -11,11 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from influence_core.batches import make_batch, order_examples
+from influence_core.captured import Captured
 from influence_core.errors import UserError
 from influence_core.fingerprints import dataset_fingerprint, digest, model_fingerprint
 from influence_core.labels import LabelSampler
 from influence_core.layers import TrackedLayer, find_tracked_layers
-from influence_core.passes import Captured, GradientPass, LossFunction
+from influence_core.passes import GradientPass, LossFunction
 from influence_core.profiler import Profiler
 from influence_core.runtime import Runtime, is_out_of_memory
 from influence_core.storage import StageStore

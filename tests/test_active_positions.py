@@ -49,8 +49,8 @@ def test_only_positions_with_a_gradient_are_kept(read, most):
         activations, output_gradients = captured.at_active_positions()
         assert activations.shape[1] == output_gradients.shape[1] == (most or POSITIONS)
         torch.testing.assert_close(
-            layer.flat_gradients(activations, output_gradients),
-            layer.flat_gradients(captured.activations, captured.output_gradients),
+            layer.matrix_gradients(activations, output_gradients),
+            layer.matrix_gradients(captured.activations, captured.output_gradients),
             rtol=1e-12,
             atol=1e-14,
         )

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from influence_core import analysis
+from influence_core.captured import Captured
 from influence_core.factors.kept import KeptCaptures
 from influence_core.factors.lambdas import LambdaSums
-from influence_core.passes import Captured
 from influence_core.runtime import Runtime
 from influence_core.scores import plan as planning
 from tests.studies import make_study, score

@@ -56,19 +56,22 @@ def test_a_layers_output_is_its_matrix_times_the_input_with_a_one(name):
     extended = torch.cat([x, torch.ones(7, 1)], dim=1) if layer.has_bias else x
     torch.testing.assert_close(extended @ matrix.T, layer.module(x))
     assert matrix.shape == layer.shape
-    assert torch.equal(layer.to_matrix(layer.to_flat(matrix[None]))[0], matrix)
+    assert torch.equal(layer.to_matrix(layer.to_parts(matrix[None]))[0], matrix)
 
 
 @pytest.mark.parametrize("name", ["first", "second", "third"])
-def test_flat_gradients_fill_a_given_buffer(name):
+def test_gradients_fill_a_given_buffer(name):
     """Written into `out` or returned anew: the same numbers, every one of the buffer's overwritten."""
     layer = find_tracked_layers(TinyModel(), [name])[0]
     generator = torch.Generator().manual_seed(0)
     activations = torch.randn(3, 6, layer.in_features, generator=generator)
     gradients = torch.randn(3, 6, layer.out_features, generator=generator)
-    buffer = torch.full((3, layer.num_parameters), float("nan"))
-    layer.flat_gradients(activations, gradients, out=buffer)
-    assert torch.equal(buffer, layer.flat_gradients(activations, gradients))
+    buffer = layer.empty_parts(activations, 3)
+    for part in buffer:
+        part.fill_(float("nan"))
+    layer.gradient_parts(activations, gradients, out=buffer)
+    for part, anew in zip(buffer, layer.gradient_parts(activations, gradients), strict=True):
+        assert torch.equal(part, anew)
 
 
 def test_an_unknown_name_is_refused_with_what_there_is():

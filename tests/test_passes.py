@@ -157,7 +157,7 @@ def test_captured_gradients_are_those_of_autograd():
         if layer.has_bias:
             torch.testing.assert_close(c.output_gradients.sum((0, 1)), layer.module.bias.grad)
             weight = torch.cat([weight, layer.module.bias.grad[:, None]], dim=1)
-        per_sample = layer.to_matrix(layer.flat_gradients(c.activations, c.output_gradients))
+        per_sample = layer.matrix_gradients(c.activations, c.output_gradients)
         torch.testing.assert_close(per_sample.sum(0), weight)
         assert torch.equal(c.mask, task.position_mask(batch, layer.name))
 

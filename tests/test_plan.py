@@ -13,6 +13,7 @@ from influence_core.layers import find_tracked_layers
 from influence_core.passes import Probe
 from influence_core.precision import Precision
 from influence_core.runtime import Runtime
+from influence_core.scores.batch_sizes import EFFICIENT, fit_batch_sizes
 from influence_core.scores.pairwise import compute_pairwise_scores
 from influence_core.scores.plan import Plan, Work, make_plan
 from influence_core.study import Study
@@ -71,7 +72,7 @@ def test_layers_are_split_before_queries():
 
 
 def test_batches_are_scored_together_where_that_takes_little():
-    """64 examples where memory is plenty; fewer near the budget or where they would take more than the queries do."""
+    """64 examples where memory is plenty; fewer near the budget, or where they take over half of the queries' bytes."""
     small = replace(work().train, captured_bytes=1 << 10)
     plan = make_plan(layers(), work(train=small), 1 << 40)
     assert plan.scored_at_once == 64
@@ -79,7 +80,7 @@ def test_batches_are_scored_together_where_that_takes_little():
     fewer = make_plan(layers(), work(train=small), peak(plan) - 1)
     assert 2 < fewer.scored_at_once < 64 and peak(fewer) < peak(plan)
     large = replace(small, captured_bytes=plan.resident_bytes // 40)
-    assert make_plan(layers(), work(train=large), 1 << 40).scored_at_once == 12  # 10 more than a batch has
+    assert make_plan(layers(), work(train=large), 1 << 40).scored_at_once == 22  # 20 more than a batch has
     assert make_plan(layers(), work(train=small, train_batch_size=80), 1 << 40).scored_at_once < 80  # each batch alone
 
 
@@ -109,6 +110,43 @@ def test_the_factor_stages_keep_to_the_budget_too():
     budget = peak(make_plan(layers(), work(), 1 << 40))
     with pytest.raises(UserError, match="--factor_batch_size"):
         make_plan(layers(), work(factor_batch_size=100_000), budget)
+
+
+def lowered_to(budget, **changes):
+    """(batch sizes that fit, what was said, the plan for them)"""
+    said = []
+    job = fit_batch_sizes(layers(), work(**changes), budget, said.append)
+    return (job.factor_batch_size, job.query_batch_size, job.train_batch_size), said, make_plan(layers(), job, budget)
+
+
+def test_batch_sizes_are_lowered_to_what_memory_holds():
+    """As asked where they fit; halved where they do not, each on its own; single examples at the end; then refused."""
+    sizes = {"factor_batch_size": 64, "query_batch_size": 16, "train_batch_size": 32}
+    probe = replace(work().train, num_bytes=64 << 20)  # of one example in a batch
+    asked = {**sizes, "train": probe, "query": probe}
+    assert lowered_to(1 << 40, **asked)[:2] == ((64, 16, 32), [])
+    plenty = max(make_plan(layers(), work(**asked), 1 << 40).peak_bytes.values())
+    lowered, said, plan = lowered_to(plenty - 1, **asked)
+    assert lowered == (32, 16, 32) and plan.num_passes == 1
+    assert said == ["Lowered to what memory holds best: --factor_batch_size 32 for 64"]
+    tightest = max(make_plan(layers(), work(train=probe, query=probe), 1 << 40).peak_bytes.values())
+    (_, queries, train), _, plan = lowered_to(tightest, **asked)
+    assert (queries, train) < (16, 32) and max(plan.peak_bytes.values()) <= tightest
+    with pytest.raises(UserError, match="--memory_budget_gb"):
+        lowered_to(1 << 20, **asked)
+
+
+def test_smaller_batches_are_taken_for_fewer_passes_but_not_very_small_ones():
+    """Half a batch instead of a second pass; below 8 examples only where nothing else fits."""
+    probe = replace(work().train, num_bytes=4 << 20)
+    job = work(train=probe, query=probe, train_batch_size=32, query_batch_size=32)
+    lower = [replace(job, train_batch_size=size, query_batch_size=size) for size in (16, 4)]
+    half, tiny = (max(make_plan(layers(), each, 1 << 40).peak_bytes.values()) for each in lower)
+    assert make_plan(layers(), job, half).num_passes > 1
+    sizes, _, plan = lowered_to(half, train=probe, query=probe, train_batch_size=32, query_batch_size=32)
+    assert sizes[1:] == (16, 16) and plan.num_passes == 1
+    sizes, _, plan = lowered_to(tiny, train=probe, query=probe, train_batch_size=32, query_batch_size=32)
+    assert min(sizes[1:]) >= EFFICIENT and plan.num_passes > 1
 
 
 def test_flops_of_two_groups_are_fewer_than_of_two_tiles():

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from influence_core.captured import Captured
 from influence_core.factors import eigenbasis, lambdas
 from influence_core.factors.strategies import STRATEGIES as STRATEGY_OF
 from influence_core.factors.strategies import Preconditioner
 from influence_core.layers import TrackedLayer
-from influence_core.passes import Captured
 from influence_core.precision import Precision
 from tests import reference
 from tests.studies import STRATEGIES, ekfac_fisher, make_study, score, score_tiny

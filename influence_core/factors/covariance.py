@@ -9,8 +9,8 @@ Source: Martens and Grosse 2015, arXiv:1503.05671, section 3; per position as in
 import torch
 from torch import Tensor
 
+from influence_core.captured import Captured
 from influence_core.layers import TrackedLayer
-from influence_core.passes import Captured
 from influence_core.precision import Precision
 from influence_core.storage import Tensors
 

@@ -48,7 +48,7 @@ class Eigenbasis:
             [n, out, in(+1 and padding)] in sum_dtype.
         """
         if not rotation_is_cheaper_on_positions(activations.shape[1], *self.layer.shape):
-            return self.rotate(self.layer.to_matrix(self.layer.flat_gradients(activations, output_gradients)))
+            return self.rotate(self.layer.matrix_gradients(activations, output_gradients))
         operand, i = self.precision.operand, self.layer.in_features
         rotated_activations = activations @ self.activation[:i]
         if self.layer.has_bias:  # the bias's one meets the last row of the eigenvectors

@@ -6,13 +6,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from influence_core.captured import Captured
 from influence_core.factors.covariance import CovarianceSums
 from influence_core.factors.eigendecomposition import WIDE, eigendecomposition
 from influence_core.factors.kept import KeptCaptures
 from influence_core.factors.lambdas import LambdaSums
 from influence_core.factors.strategies import STRATEGIES, find_strategy
 from influence_core.layers import TrackedLayer
-from influence_core.passes import Captured
 from influence_core.storage import StageStore, Tensors
 from influence_core.study import Study
 

@@ -6,7 +6,7 @@ As many of the first batches are kept as fit below the peak that another stage n
 
 from collections.abc import Iterator
 
-from influence_core.passes import Captured
+from influence_core.captured import Captured, captured_bytes
 
 Batch = tuple[list[int], dict[str, Captured]]  # indices of the examples, and what each layer saw
 
@@ -26,9 +26,7 @@ class KeptCaptures:
         """Keep the batch if it fits; if not, no later one is kept either."""
         if self.budget <= 0:
             return
-        tensors = (x for each in captured.values() for x in (each.activations, each.output_gradients))
-        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
-        self.budget -= sum(storages.values())
+        self.budget -= captured_bytes(captured)
         if self.budget >= 0:
             self.batches.append((indices, dict(captured)))
 

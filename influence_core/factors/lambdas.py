@@ -10,9 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from influence_core.captured import Captured
 from influence_core.factors.eigenbasis import Eigenbasis
 from influence_core.layers import TrackedLayer
-from influence_core.passes import Captured
 from influence_core.precision import Precision
 from influence_core.storage import Tensors
 
@@ -71,15 +71,14 @@ class LambdaSums:
         activations, output_gradients = captured.at_active_positions()
         if self.post_process is not None:
             # The task may combine rows as it likes, so it gets them all, and whole gradients.
-            gradients = layer.to_matrix(layer.flat_gradients(activations, output_gradients))
-            gradients = self.post_process(layer.name, gradients)
+            gradients = self.post_process(layer.name, layer.matrix_gradients(activations, output_gradients))
             self._add_squares(total, gradients.to(total.dtype) if basis is None else basis.rotate(gradients))
             return
         chunk = lambda_chunk(layer, self.precision.sum_dtype.itemsize, total.device.type)
         for start in range(0, len(activations), chunk):
             positions = activations[start : start + chunk], output_gradients[start : start + chunk]
             if basis is None:
-                gradients = layer.to_matrix(layer.flat_gradients(*positions)).to(total.dtype)
+                gradients = layer.matrix_gradients(*positions).to(total.dtype)
             else:
                 gradients = basis.rotated_gradients(*positions)
             self._add_squares(total, gradients)

@@ -122,7 +122,7 @@ class Preconditioner:
         """
         activations, output_gradients = activations.to(self.dtype), output_gradients.to(self.dtype)
         return self._apply(
-            lambda: self.layer.to_matrix(self.layer.flat_gradients(activations, output_gradients)),
+            lambda: self.layer.matrix_gradients(activations, output_gradients),
             lambda basis: basis.rotated_gradients(activations, output_gradients),
         )
 

@@ -2,13 +2,14 @@
 
     score[q, t] = grad f(z_q)^T (F + damping)^-1 grad L(z_t),   summed over the tracked layers
 
-The query side is preconditioned once and stays in memory, flattened to [queries, parameters of a layer]; one pass over
-the training set then makes per-sample gradients, and each layer's scores are one matrix product
-[queries, parameters] @ [parameters, batch], accumulated in float32. Positive: training on t lowers f of q.
+The query side is preconditioned once and stays in memory, flattened to [queries, parameters of a layer] (of its weight,
+and of its bias); one pass over the training set then makes per-sample gradients, and each layer's scores are one matrix
+product [queries, parameters] @ [parameters, batch], accumulated in float32. Positive: training on t lowers f of q.
 
 Source: Grosse et al. 2023, arXiv:2308.03296, eq. 8 and section 3.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,10 +17,10 @@ import torch
 from torch import Tensor
 
 from influence_core.batches import order_examples, share, shares
+from influence_core.captured import Captured, captured_bytes
 from influence_core.factors.strategies import Damping, Preconditioner, find_strategy
 from influence_core.fingerprints import dataset_fingerprint
-from influence_core.layers import TrackedLayer
-from influence_core.passes import Captured
+from influence_core.layers import Parts, TrackedLayer
 from influence_core.scores.gradients import PerSampleGradients, slices
 from influence_core.scores.plan import Plan, preconditioning_chunk
 from influence_core.storage import StageStore, Tensors
@@ -181,16 +182,11 @@ class _PairwiseJob:
 
     def _preconditioned_queries(
         self, group: list[TrackedLayer], tile: range, preconditioners: dict[str, Preconditioner], label: str
-    ) -> dict[str, Tensor]:
-        """{layer: [strategies * queries of the tile, parameters of the layer]}, as operands of products."""
-        study, runtime, precision = self.study, self.runtime, self.runtime.precision
-        resident = {
-            layer.name: torch.empty(
-                len(self.strategy_names), len(tile), layer.num_parameters,
-                dtype=precision.operand_dtype, device=runtime.device,
-            )
-            for layer in group
-        }  # fmt: skip
+    ) -> dict[str, Parts]:
+        """{layer: parts of [strategies * queries of the tile] gradients}, as operands of products."""
+        study, runtime = self.study, self.runtime
+        like = torch.empty(0, dtype=runtime.precision.operand_dtype, device=runtime.device)
+        resident = {layer.name: layer.empty_parts(like, len(self.strategy_names), len(tile)) for layer in group}
         lengths = study.lengths([self.query_dataset[index] for index in tile])
         order = [tile[index] for index in order_examples(lengths, runtime)]
         with (
@@ -203,18 +199,17 @@ class _PairwiseJob:
                 for layer in group:
                     preconditioner = preconditioners[layer.name]
                     for rows, gradients in self._preconditioned(layer, preconditioner, captured.pop(layer.name)):
-                        for block, matrices in zip(resident[layer.name], gradients):
-                            layer.store_flat(matrices, positions[rows], into=block)
+                        for number, matrices in enumerate(gradients):  # one strategy's after the other's
+                            into = tuple(part[number] for part in resident[layer.name])
+                            layer.store(matrices, positions[rows], into)
                 bar.update(len(indices))
-        for block in resident.values():  # each process filled the rows of its own queries
+        for part in itertools.chain(*resident.values()):  # each process filled the rows of its own queries
             for rank, rows in enumerate(shares(len(tile), runtime)):
-                for of_strategy in block:
+                for of_strategy in part:
                     runtime.broadcast(of_strategy[rows.start : rows.stop], source=rank)
-        return {name: block.flatten(0, 1) for name, block in resident.items()}
+        return {name: tuple(part.flatten(0, 1) for part in parts) for name, parts in resident.items()}
 
-    def _training_pass(
-        self, group: list[TrackedLayer], tile: range, resident: dict[str, Tensor], done: int, label: str
-    ):
+    def _training_pass(self, group: list[TrackedLayer], tile: range, resident: dict[str, Parts], done: int, label: str):
         """Add the group's scores, batch by batch; yields the number of examples done."""
         study, order = self.study, self.study.train_order
         with (
@@ -222,13 +217,16 @@ class _PairwiseJob:
             study.gradient_pass(study.task.train_loss, group) as run,
         ):
             held: list[tuple[list[int], dict[str, Captured]]] = []  # batches that wait for a good product
+            waiting = 0  # bytes of them
 
             def score_held() -> bool:
                 """Score the batches that wait, if any does."""
+                nonlocal waiting
                 indices = [index for batch, _ in held for index in batch]
                 if indices:
                     self._add_scores(group, tile, resident, indices, [captured for _, captured in held])
                     held.clear()
+                    waiting = 0
                     bar.update(len(indices))
                 return bool(indices)
 
@@ -237,7 +235,9 @@ class _PairwiseJob:
             ):
                 held.append((indices, captured))
                 done += len(indices)
-                if sum(len(batch) for batch, _ in held) >= self.plan.scored_at_once or done == len(order):
+                waiting += (of_batch := captured_bytes(captured))
+                full = waiting + of_batch > self.plan.held_bytes  # the next batch is not longer than this one
+                if full or sum(len(batch) for batch, _ in held) >= self.plan.scored_at_once or done == len(order):
                     score_held()
                     yield done
 
@@ -245,7 +245,7 @@ class _PairwiseJob:
         self,
         group: list[TrackedLayer],
         tile: range,
-        resident: dict[str, Tensor],
+        resident: dict[str, Parts],
         indices: list[int],
         batches: list[dict[str, Captured]],
     ) -> None:
@@ -254,8 +254,9 @@ class _PairwiseJob:
         # Scores of these examples alone, of all strategies' queries: each layer adds to them in place.
         block = self.scores.new_zeros(len(self.strategy_names) * len(tile), len(indices))
         for layer in group:
-            for rows, gradients in self.gradients.flat(layer, [captured.pop(layer.name) for captured in batches]):
-                runtime.precision.add_matmul(block[:, rows], resident[layer.name], gradients.t())
+            for rows, gradients in self.gradients.parts(layer, [captured.pop(layer.name) for captured in batches]):
+                for of_queries, of_examples in zip(resident[layer.name], gradients):
+                    runtime.precision.add_matmul(block[:, rows], of_queries, of_examples.t())
         columns = runtime.send(torch.tensor(indices) - self.columns.start)
         self.scores[:, tile.start : tile.stop].index_add_(
             2, columns, block.view(len(self.strategy_names), len(tile), len(indices))
@@ -264,7 +265,7 @@ class _PairwiseJob:
     def _preconditioned(self, layer: TrackedLayer, preconditioner: Preconditioner, captured: Captured):
         """(rows, an iterator over strategies of [rows, out, in(+1)]), a few rows at a time."""
         if self.study.task.post_processes:
-            for rows, gradients in self.gradients.flat(layer, [captured]):
+            for rows, gradients in self.gradients.parts(layer, [captured]):
                 yield rows, preconditioner.of_gradients(layer.to_matrix(gradients))
             return
         activations, output_gradients = captured.at_active_positions()

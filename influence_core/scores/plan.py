@@ -61,6 +61,7 @@ class Plan:
     peak_bytes: dict[str, int]  # beyond what is in use before, by stage
     pairwise_flops: float
     scored_at_once: int = 1  # training examples that are held until they are scored, if a batch has fewer
+    held_bytes: float = float("inf")  # of what was captured of them; beyond, fewer are scored at once
     kept_bytes: int = 0  # that the covariance pass may keep for the Lambda pass
     kept_share: float = 0.0  # for how many of the training examples these bytes suffice
 
@@ -99,17 +100,16 @@ def make_plan(layers: list[TrackedLayer], work: Work, budget: int, in_use: int =
                 break
         num_tiles += 1
     best = min(plans, key=lambda plan: (plan.pairwise_flops, plan.num_passes))
-    return _keep_captures(_score_many_at_once(best, work, budget), layers, work)
+    return _keep_captures(_score_many_at_once(best, work, budget), work)
 
 
-def _keep_captures(plan: Plan, layers: list[TrackedLayer], work: Work) -> Plan:
+def _keep_captures(plan: Plan, work: Work) -> Plan:
     """Keep what the covariance pass captured for the Lambda pass, as far as the peak is that of another stage."""
     stages = [stage for stage in ("covariance", "eigendecomposition", "lambda") if stage in plan.peak_bytes]
     if not {"covariance", "lambda"} <= set(stages):
         return plan
     room = max(plan.peak_bytes.values()) - max(plan.peak_bytes[stage] for stage in stages)
-    numbers = sum(work.train.positions[layer.name] * (layer.in_features + layer.out_features) for layer in layers)
-    of_all = int(numbers * work.product_bytes * -(-work.num_train // work.num_processes))
+    of_all = work.train.captured_bytes * -(-work.num_train // work.num_processes)
     kept = min(room, of_all)
     peaks = {stage: peak + kept * (stage in stages) for stage, peak in plan.peak_bytes.items()}
     return replace(plan, kept_bytes=kept, kept_share=kept / of_all, peak_bytes=peaks)
@@ -121,9 +121,11 @@ def _score_many_at_once(plan: Plan, work: Work, budget: int) -> Plan:
     highest = max(plan.peak_bytes.values())  # of all stages
     for at_once in range(SCORED_AT_ONCE // batch * batch, batch, -batch):
         peak = max(_peaks(group, work, tile_size, at_once)["training pass"] for group in plan.layer_groups)
-        takes_little = peak <= highest or (at_once - batch) * work.train.captured_bytes <= plan.resident_bytes / 4
+        takes_little = peak <= highest or (at_once - batch) * work.train.captured_bytes <= plan.resident_bytes / 2
         if peak <= budget and takes_little:
-            return replace(plan, scored_at_once=at_once, peak_bytes={**plan.peak_bytes, "training pass": peak})
+            peaks = {**plan.peak_bytes, "training pass": peak}
+            held_bytes = at_once * work.train.captured_bytes
+            return replace(plan, scored_at_once=at_once, held_bytes=held_bytes, peak_bytes=peaks)
     return plan
 
 

@@ -111,7 +111,7 @@ def main():
             arguments.half, arguments.compile,
         )  # fmt: skip
         if arguments.peak_memory_of:
-            print(measure_peak(arguments, setting, peer))
+            print(*measure_peak(arguments, setting, peer))
             return
         result = {"agreement": compare_scores(arguments, setting, peer)}
         if arguments.repeats:
@@ -119,7 +119,6 @@ def main():
             print_times(result)
             if not arguments.skip_memory:
                 result["peak_bytes"] = peak_memory_of_both()
-            print(f"memory planned for ours: {result['planned_bytes'] / 1e9:.2f} GB")
     result["arguments"] = {key: str(value) for key, value in vars(arguments).items()}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=2) + "\n")
@@ -144,7 +143,7 @@ def time_stages(arguments, setting, peer):
     """{"stages": {stage: seconds of both, FLOPs, floor}, "gflops": the measured peak}, medians of interleaved runs."""
     peer.task.online = True
     rows: dict[str, dict[str, list[float]]] = {}
-    peaks, run = [], None
+    peaks = []
 
     def note(stage, **values):
         for name, value in values.items():
@@ -169,7 +168,7 @@ def time_stages(arguments, setting, peer):
         if action in run.flops:
             stages[stage]["gflops"] = run.flops[action] / medians["ours"] / 1e9
             stages[stage]["floor"] = medians["passes"] + run.product_flops[action] / gflops / 1e9
-    return {"stages": stages, "gflops": gflops, "planned_bytes": run.planned_bytes}
+    return {"stages": stages, "gflops": gflops}
 
 
 def peer_seconds(arguments, setting, peer) -> dict[str, float]:
@@ -209,28 +208,33 @@ def print_times(result):
 
 
 def peak_memory_of_both() -> dict[str, int]:
-    """Bytes, each in a process of its own with the same flags."""
+    """Bytes, each in a process of its own with the same flags, and what that process of ours had planned."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     command = [sys.executable, "-m", "tests.benchmarks.compare_with_kronfluence", *sys.argv[1:], "--peak_memory_of"]
     peaks = {}
     for system in ("ours", "theirs"):
         done = subprocess.run([*command, system], capture_output=True, text=True, check=True)
-        peaks[system] = int(done.stdout.splitlines()[-1])
-        print(f"peak memory, {system}: {peaks[system] / 1e9:.2f} GB")
+        peaks[system], *planned = map(int, done.stdout.splitlines()[-1].split())
+        print(
+            f"peak memory, {system}: {peaks[system] / 1e9:.2f} GB"
+            + (f", {planned[0] / 1e9:.2f} planned" if planned else "")
+        )
+        if planned:
+            peaks["planned"] = planned[0]
     return peaks
 
 
-def measure_peak(arguments, setting, peer) -> int:
-    """Bytes that one system takes at most, in this process; the peer's query batch is its largest in the benchmark."""
-    train = setting.train[: arguments.num_peer_train]
+def measure_peak(arguments, setting, peer) -> list[int]:
+    """[bytes that one system takes at most in this process, and that were planned], the peer with its largest batch."""
+    train, planned = setting.train[: arguments.num_peer_train], []
     if arguments.peak_memory_of == "ours":
-        run_ours(arguments, setting, train)
+        planned = [run_ours(arguments, setting, train).planned_bytes]
     else:
         query_batch_size = max(size or arguments.num_queries for size in arguments.peer_query_batch_sizes)
         peer.fit(train, arguments.factor_batch_size)
         peer.score(setting.queries, train, query_batch_size, arguments.train_batch_size)
-    return Runtime(device=setting.device).peak_memory()
+    return [Runtime(device=setting.device).peak_memory(), *planned]
 
 
 if __name__ == "__main__":
