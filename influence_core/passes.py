@@ -31,7 +31,9 @@ class Probe:
 
     num_bytes: int  # kept between forward and backward, with what is captured
     fixed_bytes: int  # of these, those that more examples in a batch would not multiply
-    captured_bytes: int  # of all layers' activations and output gradients, as operands of products (a mean example's)
+    captured_bytes: (
+        int  # of all layers' activations and output gradients as operands; what layers share counts for each
+    )
     forward_flops: float
     backward_flops: float
     positions: dict[str, float]  # rows * positions that each layer sees

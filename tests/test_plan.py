@@ -1,5 +1,6 @@
 """The plan of passes: what it splits, what it promises to cost, and that the passes made are those planned."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -13,8 +14,8 @@ from influence_core.layers import find_tracked_layers
 from influence_core.passes import Probe
 from influence_core.precision import Precision
 from influence_core.runtime import Runtime
-from influence_core.scores.batch_sizes import EFFICIENT, fit_batch_sizes
-from influence_core.scores.pairwise import compute_pairwise_scores
+from influence_core.scores.batch_sizes import fit_batch_sizes
+from influence_core.scores.pairwise import _PairwiseJob, compute_pairwise_scores
 from influence_core.scores.plan import Plan, Work, make_plan
 from influence_core.study import Study
 from tests.studies import make_study
@@ -120,7 +121,7 @@ def lowered_to(budget, **changes):
 
 
 def test_batch_sizes_are_lowered_to_what_memory_holds():
-    """As asked where they fit; halved where they do not, each on its own; single examples at the end; then refused."""
+    """As asked where they fit; factor batches halved on their own; the others with what is resident; then refused."""
     sizes = {"factor_batch_size": 64, "query_batch_size": 16, "train_batch_size": 32}
     probe = replace(work().train, num_bytes=64 << 20)  # of one example in a batch
     asked = {**sizes, "train": probe, "query": probe}
@@ -128,25 +129,34 @@ def test_batch_sizes_are_lowered_to_what_memory_holds():
     plenty = max(make_plan(layers(), work(**asked), 1 << 40).peak_bytes.values())
     lowered, said, plan = lowered_to(plenty - 1, **asked)
     assert lowered == (32, 16, 32) and plan.num_passes == 1
-    assert said == ["Lowered to what memory holds best: --factor_batch_size 32 for 64"]
+    assert said == ["Batches that fit into memory better: --factor_batch_size 32 instead of 64"]
     tightest = max(make_plan(layers(), work(train=probe, query=probe), 1 << 40).peak_bytes.values())
-    (_, queries, train), _, plan = lowered_to(tightest, **asked)
-    assert (queries, train) < (16, 32) and max(plan.peak_bytes.values()) <= tightest
-    with pytest.raises(UserError, match="--memory_budget_gb"):
+    lowered, _, plan = lowered_to(tightest, **asked)
+    assert max(lowered) <= 4 and max(plan.peak_bytes.values()) <= tightest
+    with pytest.raises(UserError, match="batches of 1 .* and 1 .*--memory_budget_gb"):
         lowered_to(1 << 20, **asked)
 
 
-def test_smaller_batches_are_taken_for_fewer_passes_but_not_very_small_ones():
-    """Half a batch instead of a second pass; below 8 examples only where nothing else fits."""
+def test_a_large_query_batch_does_not_shrink_the_training_batch():
+    """Queries may be much longer than training examples, or be measured many at once."""
+    long = replace(work().train, num_bytes=1 << 30)
+    sizes = {"query_batch_size": 64, "train_batch_size": 32, "query": long}
+    budget = max(make_plan(layers(), work(**{**sizes, "query_batch_size": 1}), 1 << 40).peak_bytes.values())
+    (_, queries, train), *_ = lowered_to(budget, **sizes)
+    assert (queries, train) == (1, 32)
+
+
+def test_smaller_batches_are_taken_for_fewer_passes_but_not_single_examples():
+    """Half a batch instead of a second pass; a second pass rather than training examples one by one."""
     probe = replace(work().train, num_bytes=4 << 20)
-    job = work(train=probe, query=probe, train_batch_size=32, query_batch_size=32)
-    lower = [replace(job, train_batch_size=size, query_batch_size=size) for size in (16, 4)]
-    half, tiny = (max(make_plan(layers(), each, 1 << 40).peak_bytes.values()) for each in lower)
-    assert make_plan(layers(), job, half).num_passes > 1
-    sizes, _, plan = lowered_to(half, train=probe, query=probe, train_batch_size=32, query_batch_size=32)
+    asked = {"train": probe, "query": probe, "train_batch_size": 32, "query_batch_size": 32}
+    lower = [work(**{**asked, "train_batch_size": size, "query_batch_size": size}) for size in (16, 1)]
+    half, single = (max(make_plan(layers(), each, 1 << 40).peak_bytes.values()) for each in lower)
+    assert make_plan(layers(), work(**asked), half).num_passes > 1
+    sizes, _, plan = lowered_to(half, **asked)
     assert sizes[1:] == (16, 16) and plan.num_passes == 1
-    sizes, _, plan = lowered_to(tiny, train=probe, query=probe, train_batch_size=32, query_batch_size=32)
-    assert min(sizes[1:]) >= EFFICIENT and plan.num_passes > 1
+    sizes, _, plan = lowered_to(single, **asked)
+    assert min(sizes[1:]) > 1 and plan.num_passes > 1
 
 
 def test_flops_of_two_groups_are_fewer_than_of_two_tiles():
@@ -192,6 +202,22 @@ def test_scores_do_not_depend_on_the_plan(tmp_path, sizes, tile):
     actual = pairwise(split, parts(split, sizes, tile))
     assert expected.abs().min() > 0
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_pass_frees_its_queries_before_the_next_makes_its_own(tmp_path, monkeypatch):
+    """The plan fills the memory with the queries of one pass: those of the last one may not lie beside them."""
+    make, made, alive = _PairwiseJob._preconditioned_queries, [], []
+
+    def noting(*arguments):
+        alive.append(sum(part() is not None for part in made))
+        resident = make(*arguments)
+        made.extend(weakref.ref(part.untyped_storage()) for parts in resident.values() for part in parts)
+        return resident
+
+    monkeypatch.setattr(_PairwiseJob, "_preconditioned_queries", noting)
+    study = small_study(tmp_path, TinyTask())
+    pairwise(study, parts(study, [1, 2], 3))
+    assert alive == [0, 0, 0, 0] and len(made) > 4
 
 
 def test_counted_flops_of_groups_are_fewer_than_of_tiles(tmp_path):

@@ -175,8 +175,12 @@ def _add_analyze_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scores_suffix", help="store the scores in scores_<strategy>_<suffix>, to keep those of "
                         "several dampings")  # fmt: skip
     parser.add_argument("--use_empirical_fisher", action="store_true", help="factors from the data's own labels")
-    parser.add_argument("--query_batch_size", type=int, help="queries in one forward and backward pass")
-    parser.add_argument("--factor_batch_size", type=int, help="training examples in one pass when fitting factors")
+    parser.add_argument(
+        "--query_batch_size",
+        type=int,
+        help="queries in one forward and backward pass, at most: fewer where memory is short",
+    )
+    parser.add_argument("--factor_batch_size", type=int, help="the same of training examples, when fitting factors")
     parser.add_argument("--memory_budget_gb", type=float, help="memory to use at most (default: what is free)")
     parser.add_argument("--use_tf32", action="store_true", help="float32 products of a GPU in TF32: faster, less exact")
     parser.add_argument("--use_compile", action="store_true", help="torch.compile the forward and backward pass")

@@ -39,6 +39,12 @@ def mirror(total: Tensor) -> Tensor:
     return total.triu_().add_(total.triu(1).t())
 
 
+def _chosen_rows(x: Tensor, chosen: Tensor | None) -> Tensor:
+    """[rows, positions, d] -> [those chosen, d]; `chosen` [rows, positions] bool, None: all."""
+    x = x.flatten(0, 1)
+    return x if chosen is None else x.index_select(0, chosen.flatten().nonzero().squeeze(1))  # faster than x[chosen]
+
+
 class CovarianceSums:
     """Accumulates sums over positions; `means` gives the covariances.
 
@@ -59,9 +65,8 @@ class CovarianceSums:
         mask, active = captured.mask, captured.active
         if active is not None and mask is not None:
             active = active & mask
-        activations = activations.flatten(0, 1) if mask is None else activations[mask]
-        active = mask if active is None else active
-        output_gradients = output_gradients.flatten(0, 1) if active is None else output_gradients[active]
+        activations = _chosen_rows(activations, mask)
+        output_gradients = _chosen_rows(output_gradients, mask if active is None else active)
         total = self.tensors[f"activation.{layer.name}"]
         i = layer.in_features
         add_second_moment(total[:i, :i], activations, self.precision)

@@ -170,7 +170,8 @@ def _accumulate(
     """One pass over this process's share of the training set, then the sum over processes.
 
     Progress is noted on the way, as the number of examples done in the order of the pass; a run that was killed goes on
-    there. With the same batch size it makes the same batches, and so ends with the same numbers.
+    there. With the same batch size (which the memory may have lowered) it makes the same batches, and so ends with the
+    same numbers; else they differ by rounding.
 
     Args:
         keep: gets the first batches.

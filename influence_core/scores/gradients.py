@@ -26,26 +26,28 @@ class PerSampleGradients:
     def parts(self, layer: TrackedLayer, batches: list[Captured]) -> Iterator[tuple[slice, Parts]]:
         """(which of all the batches' examples, the parts of their gradients, as operands of products)."""
         operand, task, first = self.precision.operand, self.task, 0
-        pairs = [captured.at_active_positions() for captured in batches]
         if task.post_processes:
-            for activations, output_gradients in pairs:
-                gradients = layer.matrix_gradients(activations, output_gradients)
+            for captured in batches:
+                gradients = layer.matrix_gradients(*captured.at_active_positions())
                 gradients = layer.to_parts(task.post_process_per_sample_gradient(layer.name, gradients))
                 yield slice(first, first + len(gradients[0])), tuple(map(operand, gradients))
                 first += len(gradients[0])
             return
         chunk = gradient_chunk(layer, self.precision.product_dtype.itemsize)
-        for examples in slices(sum(len(activations) for activations, _ in pairs), chunk):
-            gradients, first = self._buffer(layer, pairs[0][0], examples.stop - examples.start), 0
-            for activations, output_gradients in pairs:
-                # The part of this batch that lies in the chunk.
-                start, stop = max(examples.start, first), min(examples.stop, first + len(activations))
-                if start < stop:
-                    rows = slice(start - first, stop - first)
-                    out = tuple(part[start - examples.start : stop - examples.start] for part in gradients)
-                    layer.gradient_parts(activations[rows], output_gradients[rows], out)
-                first += len(activations)
-            yield examples, tuple(map(operand, gradients))
+        num_left = sum(len(captured.activations) for captured in batches)
+        num_made, gradients = 0, self._buffer(layer, batches[0].activations, min(chunk, num_left))
+        for captured in batches:
+            activations, output_gradients = captured.at_active_positions()
+            while len(activations):
+                rows = slice(0, len(gradients[0]) - num_made)  # as many as the buffer still takes
+                out = tuple(part[num_made : num_made + len(activations)] for part in gradients)
+                layer.gradient_parts(activations[rows], output_gradients[rows], out)
+                num_made += len(out[0])
+                activations, output_gradients = activations[len(out[0]) :], output_gradients[len(out[0]) :]
+                if num_made == len(gradients[0]):
+                    yield slice(first, first + num_made), tuple(map(operand, gradients))
+                    first, num_left, num_made = first + num_made, num_left - num_made, 0
+                    gradients = tuple(part[:num_left] for part in gradients)
 
     def _buffer(self, layer: TrackedLayer, like: Tensor, num_examples: int) -> Parts:
         """To write into, always the same memory: on a CPU, fresh pages cost like a product."""

@@ -145,6 +145,8 @@ class _PairwiseJob:
                     if clock.is_due():
                         self.study.check_losses()
                         progress_store.save_progress(partition, first + num_done, {"scores": self.scores})
+                del resident  # before the next pass fills the memory with its own
+                self.gradients.buffer = None
         return self.scores.cpu()
 
     def _load_preconditioners(self, group: list[TrackedLayer]) -> dict[str, Preconditioner]:

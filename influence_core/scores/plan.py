@@ -83,8 +83,9 @@ def make_plan(layers: list[TrackedLayer], work: Work, budget: int, in_use: int =
     if smallest > budget:
         raise UserError(
             f"{gigabytes(in_use + max(budget, -in_use))} of memory is too little: {gigabytes(in_use)} is in use, "
-            f"and at least {gigabytes(smallest)} more is needed; lower --train_batch_size, --query_batch_size and "
-            "--factor_batch_size, or raise --memory_budget_gb"
+            f"and at least {gigabytes(smallest)} more is needed for batches of {work.factor_batch_size} "
+            f"(--factor_batch_size), {work.query_batch_size} (--query_batch_size) and {work.train_batch_size} "
+            "(--train_batch_size) examples; raise --memory_budget_gb, or use a smaller model"
         )
     plans = []
     num_tiles = 1
@@ -112,7 +113,7 @@ def _keep_captures(plan: Plan, work: Work) -> Plan:
     of_all = work.train.captured_bytes * -(-work.num_train // work.num_processes)
     kept = min(room, of_all)
     peaks = {stage: peak + kept * (stage in stages) for stage, peak in plan.peak_bytes.items()}
-    return replace(plan, kept_bytes=kept, kept_share=kept / of_all, peak_bytes=peaks)
+    return replace(plan, kept_bytes=kept, kept_share=kept / max(of_all, 1), peak_bytes=peaks)
 
 
 def _score_many_at_once(plan: Plan, work: Work, budget: int) -> Plan:
@@ -178,7 +179,7 @@ def _peaks(group: list[TrackedLayer], work: Work, tile_size: int, scored_at_once
         at_once = gradient_chunk(layer, work.product_bytes)
         train_buffer = max(train_buffer, min(scored_at_once, at_once) * layer.num_parameters)
     factors = factor_bytes(group, work, preconditioners=True)
-    # A query's gradient is held flat, as a matrix, and twice while it is rotated.
+    # A query's gradient is held by its parts, as a matrix, and twice while it is rotated.
     query = (
         work.query_batch_size * work.query.num_bytes
         + work.query.fixed_bytes

@@ -13,7 +13,7 @@ def describe_plan(plan: Plan, layers: list[TrackedLayer], work: Work, in_use: in
     if plan.num_passes > 1:
         passes += f" ({len(plan.layer_groups)} groups of layers x {len(plan.query_tiles)} tiles of queries)"
     if plan.scored_at_once > work.train_batch_size:
-        passes += f", {plan.scored_at_once} examples scored at once"
+        passes += f", up to {plan.scored_at_once} examples scored at once"
     kept = ""
     if plan.kept_bytes:
         kept = f", less passes of {plan.kept_share:.0%} of lambda ({gigabytes(plan.kept_bytes)} kept)"
