@@ -147,7 +147,7 @@ def test_a_large_query_batch_does_not_shrink_the_training_batch():
 
 
 def test_smaller_batches_are_taken_for_fewer_passes_but_not_single_examples():
-    """Half a batch instead of a second pass; a second pass rather than training examples one by one."""
+    """Half a batch instead of a second pass; on a GPU a second pass rather than training examples one by one."""
     probe = replace(work().train, num_bytes=4 << 20)
     asked = {"train": probe, "query": probe, "train_batch_size": 32, "query_batch_size": 32}
     lower = [work(**{**asked, "train_batch_size": size, "query_batch_size": size}) for size in (16, 1)]
@@ -156,6 +156,10 @@ def test_smaller_batches_are_taken_for_fewer_passes_but_not_single_examples():
     sizes, _, plan = lowered_to(half, **asked)
     assert sizes[1:] == (16, 16) and plan.num_passes == 1
     sizes, _, plan = lowered_to(single, **asked)
+    assert sizes[1:] == (1, 1) and plan.num_passes == 1
+    on_gpu = {**asked, "device_type": "cuda"}
+    single = max(make_plan(layers(), replace(lower[1], device_type="cuda"), 1 << 40).peak_bytes.values())
+    sizes, _, plan = lowered_to(single, **on_gpu)
     assert min(sizes[1:]) > 1 and plan.num_passes > 1
 
 
