@@ -12,9 +12,7 @@ from influence_core.scores.plan import Work, fit_peaks, make_plan
 OVERHEAD = {"cpu": 0.5, "cuda": 4}
 
 
-def fit_batch_sizes(
-    layers: list[TrackedLayer], work: Work, budget: int, say: Callable[[str], None] = lambda text: None
-) -> Work:
+def fit_batch_sizes(layers: list[TrackedLayer], work: Work, budget: int, say: Callable[[str], None]) -> Work:
     """The work with batch sizes halved as often as it takes.
 
     Factor batches are the largest that fit. Training batches share the memory with the resident queries: each size
@@ -27,28 +25,26 @@ def fit_batch_sizes(
     Returns:
         Work that `make_plan` accepts; where not even single examples fit, that with single examples, to be refused.
     """
-    factor = replace(work, factor_batch_size=1)
-    for size in _halvings(work.factor_batch_size):
-        if max(fit_peaks(layers, replace(work, factor_batch_size=size)).values(), default=0) <= budget:
-            factor = replace(work, factor_batch_size=size)
-            break
+    of_factors = [replace(work, factor_batch_size=size) for size in _halvings(work.factor_batch_size)]
+    fitting = (each for each in of_factors if max(fit_peaks(layers, each).values(), default=0) <= budget)
+    factor = next(fitting, of_factors[-1])
     options = [factor]
     for train in _halvings(work.train_batch_size):
         of_training = train * work.train.num_bytes
         queries = (size for size in _halvings(work.query_batch_size) if size * work.query.num_bytes <= of_training)
         options.append(replace(factor, train_batch_size=train, query_batch_size=next(queries, 1)))
-    times = {}
-    for number, option in enumerate(options):
+    timed: list[tuple[float, Work]] = []
+    for option in options:
         try:
             plan = make_plan(layers, option, budget)
         except UserError:
             continue
-        times[number] = plan.pairwise_flops * (1 + OVERHEAD[work.device_type] / option.train_batch_size)
-        if number == 0 and plan.num_passes == 1:
+        timed.append((plan.pairwise_flops * (1 + OVERHEAD[work.device_type] / option.train_batch_size), option))
+        if option is factor and plan.num_passes == 1:
             break  # what was asked for; no other can be better
-    if not times:
+    if not timed:
         return replace(work, factor_batch_size=1, train_batch_size=1, query_batch_size=1)
-    best = options[min(times, key=times.__getitem__)]
+    _, best = min(timed, key=lambda pair: pair[0])
     lowered = [
         f"--{name} {getattr(best, name)} instead of {getattr(work, name)}"
         for name in ("factor_batch_size", "query_batch_size", "train_batch_size")
