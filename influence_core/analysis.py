@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from influence_core.batches import make_batch
+from influence_core.check import check_contract
 from influence_core.factors.fit import fit_factors, refuse_foreign_factors
 from influence_core.factors.kept import KeptCaptures
 from influence_core.factors.strategies import Damping, find_strategy
@@ -40,7 +41,8 @@ def analyze(
     Returns:
         {strategy: [queries, training examples] float32, on the CPU}; also stored, see `Study.score_store`.
     Raises:
-        UserError: the settings do not fit the data, the memory, or what is stored.
+        UserError: the settings do not fit the data, the memory, or what is stored; or the task or model breaks the
+            contract (see check.py).
     """
     strategies = [find_strategy(name) for name in strategy_names]
     require_writable(study.output_dir)
@@ -48,6 +50,8 @@ def analyze(
         for name in strategy_names:
             refuse_foreign_factors(study, name)
             pairwise_score_store(study, name, query_dataset, damping).manifest()
+    fits_factors = any(strategy.needs_lambda or strategy.in_eigenbasis for strategy in strategies)
+    checked = check_contract(study, query_dataset, fits_factors)
     work = Work(
         num_train=len(study.train_dataset),
         num_queries=len(query_dataset),
@@ -55,7 +59,9 @@ def analyze(
         train_batch_size=min(train_batch_size, len(study.train_dataset)),
         query_batch_size=min(query_batch_size, len(query_dataset)),
         factor_batch_size=min(factor_batch_size, len(study.train_dataset)),
-        train=probe_example(study, study.train_dataset, study.fisher_loss, study.layers),
+        train=probe_example(
+            study, study.train_dataset, study.fisher_loss if fits_factors else study.task.train_loss, study.layers
+        ),
         query=probe_example(study, query_dataset, study.task.measurement, study.layers),
         operand_bytes=study.runtime.precision.operand_dtype.itemsize,
         product_bytes=study.runtime.precision.product_dtype.itemsize,
@@ -69,6 +75,7 @@ def analyze(
     in_use, budget = available_memory(study, memory_budget)
     work = fit_batch_sizes(study.layers, work, budget, study.runtime.print)
     plan = plan_analysis(study, work, in_use, budget)
+    study.runtime.print(f"  checked  {checked}")
     kept = KeptCaptures(plan.kept_bytes)
     # Those with covariances first: what their pass kept then serves the first Lambda, of whichever strategy.
     in_order = sorted(strategies, key=lambda strategy: not strategy.in_eigenbasis)
@@ -90,7 +97,7 @@ def available_memory(study: Study, memory_budget: int | None) -> tuple[int, int]
 def plan_analysis(study: Study, work: Work, in_use: int, budget: int) -> Plan:
     """Make the plan and print it."""
     plan = make_plan(study.layers, work, budget, in_use)
-    study.runtime.print(describe_plan(plan, study.layers, work, in_use, budget))
+    study.runtime.print(describe_plan(plan, study.model, study.layers, work, in_use, budget))
     study.runtime.print(f"  numbers  {study.runtime.precision.description}, on {study.runtime.device}")
     study.planned_memory = in_use + max(plan.peak_bytes.values())
     study.planned_flops = plan_flops(plan, study.layers, work)

@@ -4,7 +4,14 @@ The Fisher is an expectation over the model's distribution, so its factors need 
 uniform number and a search in the cumulative sum (inverse-CDF sampling). The uniform is a function of (seed, example,
 position) alone, so the labels do not depend on batch size, order or number of processes. (Two runs whose logits differ
 by rounding can differ in a label where the uniform falls within rounding of a boundary between two categories.)
+
+Hashing and sampling stay out of compiled code: torch.compile was seen to get the wrapping products of 64-bit integers
+wrong on a CPU.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -35,6 +42,7 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
+@torch.compiler.disable
 def counter_uniforms(seed: int, example_index: Tensor, num_positions: int) -> Tensor:
     """One uniform number in [0, 1) for each (seed, example, position).
 
@@ -49,6 +57,24 @@ def counter_uniforms(seed: int, example_index: Tensor, num_positions: int) -> Te
     return _shift_right(_mix(state[:, None] + positions * _GOLDEN), 40).float() * 2.0**-24
 
 
+_FROM_UNIFORMS_ALONE: ContextVar[bool] = ContextVar("labels_from_uniforms_alone", default=False)
+
+
+@contextmanager
+def labels_from_uniforms_alone() -> Iterator[None]:
+    """Inside, every category is as likely as any other, so that a label depends on its uniform and not on the model.
+
+    For proofs that two batches give an example the same uniforms: labels of the model's own distribution could differ
+    by the rounding of its logits.
+    """
+    token = _FROM_UNIFORMS_ALONE.set(True)
+    try:
+        yield
+    finally:
+        _FROM_UNIFORMS_ALONE.reset(token)
+
+
+@torch.compiler.disable
 def sample_categorical(weights: Tensor, uniforms: Tensor) -> Tensor:
     """The category into which each uniform falls, by inverse CDF.
 
@@ -58,6 +84,8 @@ def sample_categorical(weights: Tensor, uniforms: Tensor) -> Tensor:
     Returns:
         [...] int64.
     """
+    if _FROM_UNIFORMS_ALONE.get():
+        return (uniforms * weights.shape[-1]).long().clamp_(max=weights.shape[-1] - 1)
     # In two steps, first among blocks of categories, then within one: a sum is much faster than a cumulative sum.
     num_categories = weights.shape[-1]
     num_whole = num_categories // BLOCK
@@ -86,9 +114,11 @@ class LabelSampler:
 
     def __init__(self, seed: int):
         self.seed = seed
+        self.was_asked = False
 
     def uniforms(self, example_index: Tensor, num_positions: int) -> Tensor:
         """[examples, num_positions], see `counter_uniforms`."""
+        self.was_asked = True
         return counter_uniforms(self.seed, example_index, num_positions)
 
     def sample(self, logits: Tensor, uniforms: Tensor) -> Tensor:

@@ -131,6 +131,39 @@ def find_tracked_layers(model: nn.Module, names: Sequence[str]) -> list[TrackedL
     return layers
 
 
+def describe_coverage(model: nn.Module, layers: Sequence[TrackedLayer]) -> str:
+    """Which share of the model's parameters is tracked, and what is left out, as a person reads it."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    of_head = set(map(id, head.parameters())) if head is not None else set()
+    seen = {id(parameter) for layer in layers for parameter in layer.module.parameters(recurse=False)}
+    left_out: dict[str, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            kind = _kind(module)
+            if id(parameter) in of_head:
+                kind = "head" if module is head else f"{kind} tied to the head"
+            left_out[kind] = left_out.get(kind, 0) + parameter.numel()
+    tracked = sum(layer.num_parameters for layer in layers)
+    whole = tracked + sum(left_out.values())
+    shares = [f"{kind} {count / whole:.1%}" for kind, count in sorted(left_out.items(), key=lambda item: -item[1])]
+    return (
+        f"{len(layers)} layers, {tracked:,} parameters, {tracked / whole:.1%} of the model's {whole:,}; left out: "
+        + (", ".join(shares) or "none")
+    )
+
+
+def _kind(module: nn.Module) -> str:
+    """What a person calls the parameters of such a module."""
+    if isinstance(module, nn.Embedding):
+        return "embeddings"
+    if "norm" in type(module).__name__.lower():
+        return "norms"
+    return "other linear layers" if type(module) in (nn.Linear, Conv1D) else type(module).__name__
+
+
 def _tracked_layer(name: str, module: nn.Module) -> TrackedLayer:
     if type(module) is nn.Linear:
         return TrackedLayer(name, module, module.in_features, module.out_features, module.bias is not None)

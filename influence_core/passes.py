@@ -7,8 +7,12 @@ reach, a zero `probe` is added to each output instead and the gradients of the p
 
 A layer that is called several times in one forward pass has its calls laid end to end along the position axis: the
 contraction over positions then adds the calls up within an example, as the chain rule wants.
+
+A layer whose input or output the model goes on to change in place is given a copy, from the first such batch on: no
+gradient could be had at a tensor that is no more what the layer made.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from influence_core.captured import Captured
+from influence_core.captured import Captured, find_active_positions, has_gradient, lay_out
+from influence_core.errors import UserError
 from influence_core.layers import TrackedLayer
 from influence_core.precision import Precision
 from influence_core.task import EXAMPLE_INDEX, Batch
@@ -56,35 +61,44 @@ class GradientPass:
         precision: Precision | None = None,
         compile: bool = False,
         rounded: list[TrackedLayer] | None = None,
-        rows_per_example: int = 1,
+        rows_per_example: int | None = 1,
         find_active: bool = True,
+        copied: set[str] | None = None,
     ):
-        """`rounded`: layers that emulated bfloat16 rounds; by default those tracked here. `rows_per_example`: the
-        task's, see InfluenceTask. `find_active`: look for positions without a gradient in each batch."""
+        """
+        Args:
+            rounded: layers that emulated bfloat16 rounds; by default those tracked here.
+            rows_per_example: the task's, see InfluenceTask; None where it post-processes gradients.
+            find_active: look for positions without a gradient in each batch.
+            copied: names of layers that are given copies, found on the way; a set that passes may share.
+        """
         self.model, self.layers, self.loss_function, self.position_mask = model, layers, loss_function, position_mask
         self.precision = precision or Precision()
         self.rounded = rounded or layers
         self.rows_per_example, self.find_active = rows_per_example, find_active
+        self.copied: set[str] = set() if copied is None else copied
         self.step = torch.compile(self._step) if compile else None
         self.probe_shapes: dict[tuple, dict[str, list[torch.Size]]] = {}  # by the shapes of the batch
         self.inputs: dict[str, list[Tensor]] = {}
         self.outputs: dict[str, list[Tensor]] = {}
-        self.versions: list[tuple[str, Tensor, int]] = []  # of each input and output when the layer was called
+        self.versions: list[tuple[str, Tensor, int]] = []  # of each input and output when the layer handed it on
         self.probes: dict[str, list[Tensor]] | None = None
 
     def __enter__(self) -> "GradientPass":
         self.requires_grad = [parameter.requires_grad for parameter in self.model.parameters()]
         self.training = [module.training for module in self.model.modules()]
-        self.exact_weights: list[Tensor] = []
+        self.exact: list[tuple[Tensor, Tensor]] = []  # (a parameter or buffer, what it held)
         self.handles = []
         self.model.requires_grad_(False).eval()
         if self.precision.emulated:
+            for tensor in itertools.chain(self.model.parameters(), self.model.buffers()):
+                if tensor.is_floating_point() and tensor.itemsize < self.precision.product_dtype.itemsize:
+                    self._swap(tensor, tensor.data.to(self.precision.product_dtype))
             for layer in self.rounded:
-                self.exact_weights.append(layer.module.weight.data)
-                layer.module.weight.data = self.precision.operand(layer.module.weight.data)
-                self.handles.append(layer.module.register_forward_pre_hook(self._round_input))
+                self._swap(layer.module.weight, self.precision.operand(layer.module.weight.data))
+                self.handles.append(layer.module.register_forward_pre_hook(self._round_input, with_kwargs=True))
         for layer in self.layers:
-            self.handles.append(layer.module.register_forward_hook(self._hook(layer.name)))
+            self.handles.append(layer.module.register_forward_hook(self._hook(layer.name), with_kwargs=True))
         if self.precision.emulated:  # after the hooks above: so that the output's gradient is rounded as well
             for layer in self.rounded:
                 self.handles.append(layer.module.register_forward_hook(self._round_output))
@@ -93,8 +107,8 @@ class GradientPass:
     def __exit__(self, *exception) -> None:
         for handle in self.handles:
             handle.remove()
-        for layer, weight in zip(self.rounded, self.exact_weights):
-            layer.module.weight.data = weight
+        for tensor, held in reversed(self.exact):
+            tensor.data = held
         for parameter, requires_grad in zip(self.model.parameters(), self.requires_grad):
             parameter.requires_grad_(requires_grad)
         for module, training in zip(self.model.modules(), self.training):
@@ -109,8 +123,8 @@ class GradientPass:
         Returns:
             The summed loss (a scalar, detached), and what each layer captured.
         Raises:
-            RuntimeError: a tracked layer was not called, or its input or output was changed in place.
-            ValueError: rows or the position mask do not fit what the layer saw.
+            UserError: a tracked layer was not called; the loss is no scalar or has no gradient; rows or the position
+                mask do not fit what a layer saw.
         """
         shapes = tuple((key, value.shape) for key, value in batch.items())
         with torch.enable_grad():
@@ -119,20 +133,13 @@ class GradientPass:
             else:
                 loss, gradients = self._run_eager(batch)
                 self.probe_shapes[shapes] = {name: [x.shape for x in xs] for name, xs in self.outputs.items()}
-        captured = {layer.name: self._captured(layer, batch, gradients[layer.name]) for layer in self.layers}
+        counts = {x.shape[1] for calls in self.inputs.values() for x in calls if x.dim() > 2}
+        counts |= {size for value in batch.values() for size in value.shape[1:]}
+        captured = {layer.name: self._captured(layer, batch, gradients[layer.name], counts) for layer in self.layers}
         self.forget()
         if self.find_active:
-            self._find_active_positions(list(captured.values()))
+            find_active_positions(list(captured.values()))
         return loss.detach(), captured
-
-    @staticmethod
-    def _find_active_positions(captured: list[Captured]) -> None:
-        """Note them where they are fewer than nine tenths. On a GPU, this waits for the backward pass, once a batch."""
-        are_active = [_has_gradient(x.output_gradients) for x in captured]
-        counts = torch.stack([active.sum(1).max() for active in are_active]).tolist()
-        for x, active, count in zip(captured, are_active, counts):
-            if count < 0.9 * active.shape[1]:
-                x.active, x.max_active = active, max(count, 1)
 
     def probe(self, batch: Batch) -> "Probe":
         """Run one batch and count what it takes."""
@@ -147,9 +154,8 @@ class GradientPass:
             return tensor
 
         with FlopCounterMode(display=False) as counter, torch.enable_grad():
-            autocast = self.precision.autocast(next(self.model.parameters()).device)
-            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast:
-                loss = self.loss_function(self.model, batch)
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                loss = self._forward(batch)
             forward_flops = counter.get_total_flops()
             kept = [x for calls in (*self.inputs.values(), *self.outputs.values()) for x in calls]
             gradients = self._gradients(loss, self.outputs)
@@ -158,7 +164,7 @@ class GradientPass:
         num_bytes = sum(storage.nbytes() for storage in storages.values())
         positions = {name: sum(x[..., 0].numel() for x in calls) for name, calls in self.inputs.items()}
         self.forget()
-        active = {name: sum(float(_has_gradient(x).sum()) for x in calls) for name, calls in gradients.items()}
+        active = {name: sum(float(has_gradient(x).sum()) for x in calls) for name, calls in gradients.items()}
         numbers = sum(positions[layer.name] * (layer.in_features + layer.out_features) for layer in self.layers)
         captured_bytes = numbers * self.precision.product_dtype.itemsize
         backward_flops = counter.get_total_flops() - forward_flops
@@ -168,40 +174,80 @@ class GradientPass:
         """Let go of what a forward pass left behind."""
         self.inputs, self.outputs, self.versions, self.probes = {}, {}, [], None
 
-    def _round_input(self, module: nn.Module, arguments: tuple):
-        return (self.precision.operand(arguments[0]), *arguments[1:])
+    def _swap(self, tensor: Tensor, data: Tensor) -> None:
+        """Let a parameter or buffer hold other numbers until the pass ends."""
+        self.exact.append((tensor, tensor.data))
+        tensor.data = data
+
+    def _round_input(self, module: nn.Module, arguments: tuple, keywords: dict):
+        operand = self.precision.operand
+        return tuple(map(operand, arguments)), {key: operand(value) for key, value in keywords.items()}
 
     def _round_output(self, module: nn.Module, arguments: tuple, output: Tensor) -> Tensor:
         return self.precision.operand(output)
 
     def _hook(self, name: str):
-        def keep(module: nn.Module, arguments: tuple, output: Tensor) -> Tensor:
-            kept = arguments[0].detach()  # shares memory and version counter with what the model goes on to use
-            self.inputs.setdefault(name, []).append(kept)
+        def keep(module: nn.Module, arguments: tuple, keywords: dict, output: Tensor) -> Tensor:
+            (seen,) = (*arguments, *keywords.values())  # a matrix has one input, handed over either way
+            is_copied = name in self.copied
+            # Shares memory and version counter with what the model goes on to use.
+            self.inputs.setdefault(name, []).append(seen.detach().clone() if is_copied else seen.detach())
             calls = self.outputs.setdefault(name, [])
             if self.probes is not None:
                 calls.append(output)
                 return output + self.probes[name][len(calls) - 1]
-            self.versions += [(name, tensor, tensor._version) for tensor in (kept, output)]
             calls.append(output.requires_grad_())
-            return output.view_as(output)  # the model goes on with a tensor that is never a leaf of the graph
+            # The model goes on with a tensor that is never a leaf of the graph.
+            handed_on = output.clone() if is_copied else output.view_as(output)
+            self.versions += [(name, tensor, tensor._version) for tensor in (seen.detach(), handed_on)]
+            return handed_on
 
         return keep
 
     def _run_eager(self, batch: Batch) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        loss = self._forward(batch)
+        return loss, self._gradients(loss, self.outputs)
+
+    def _forward(self, batch: Batch) -> Tensor:
+        """The loss; again, with copies, where the model changed what a layer saw or made in place."""
+        try:
+            loss = self._forward_once(batch)
+        except RuntimeError as error:
+            if "in-place" not in str(error) or self.copied.issuperset(layer.name for layer in self.layers):
+                raise
+            known = set(self.copied)
+            self.copied.update(layer.name for layer in self.layers)  # what is changed is not known before the pass ends
+            loss = self._forward_once(batch)
+            self.copied.intersection_update(known | self._changed_in_place())
+            return loss
+        if self._changed_in_place() - self.copied:
+            self.copied |= self._changed_in_place()
+            loss = self._forward_once(batch)
+        return loss
+
+    def _changed_in_place(self) -> set[str]:
+        """Layers whose input or output is no more what it was when the layer was called."""
+        return {name for name, tensor, version in self.versions if tensor._version != version}
+
+    def _forward_once(self, batch: Batch) -> Tensor:
         self.forget()
         with self.precision.autocast(next(self.model.parameters()).device):
             loss = self.loss_function(self.model, batch)
         uncalled = [layer.name for layer in self.layers if layer.name not in self.outputs]
         if uncalled:
-            raise RuntimeError(f"tracked layers that the forward pass did not call: {', '.join(uncalled)}")
-        for name, output, version in self.versions:
-            if output._version != version:
-                raise RuntimeError(
-                    f"the input or output of layer {name} is changed in place by the model after the layer's call, so "
-                    "its gradient cannot be had; use an out-of-place operation there"
-                )
-        return loss, self._gradients(loss, self.outputs)
+            raise UserError(
+                f"tracked layers that the forward pass did not call: {', '.join(uncalled)}; leave them out of the "
+                "tracked layers, or let the loss use them"
+            )
+        if not isinstance(loss, Tensor) or loss.dim():
+            what = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+            raise UserError(f"a loss must be one number, summed over positions and examples, and is {what}")
+        if not loss.requires_grad:
+            raise UserError(
+                "the loss has no gradient: it does not depend on the tracked layers, or is computed under "
+                "torch.no_grad or from detached tensors"
+            )
+        return loss
 
     def _run_compiled(self, batch: Batch, probe_shapes: dict) -> tuple[Tensor, dict[str, list[Tensor]]]:
         self.forget()
@@ -226,43 +272,17 @@ class GradientPass:
         gradients = iter(torch.autograd.grad(loss, flat, allow_unused=True, materialize_grads=True))
         return {layer.name: [next(gradients) for _ in sources[layer.name]] for layer in self.layers}
 
-    def _captured(self, layer: TrackedLayer, batch: Batch, gradients: list[Tensor]) -> Captured:
-        """Lay calls end to end, give every layer a position axis, and check that everything fits."""
-        num_examples = len(batch[EXAMPLE_INDEX])
-        activations = _lay_out([self.precision.operand(x) for x in self.inputs.pop(layer.name)])
-        output_gradients = _lay_out([self.precision.operand(x) for x in gradients])
-        if len(activations) % num_examples or activations.shape[:2] != output_gradients.shape[:2]:
-            raise ValueError(
-                f"layer {layer.name} saw inputs {tuple(activations.shape)} and output gradients "
-                f"{tuple(output_gradients.shape)} for {num_examples} examples: the first axis must count rows"
-            )
-        mask = self.position_mask(batch, layer.name)
-        if mask is not None:
-            num_calls = len(gradients)
-            mask = mask.bool().repeat(1, num_calls) if num_calls > 1 else mask.bool()
-            if mask.shape != activations.shape[:2]:
-                raise ValueError(
-                    f"the position mask of layer {layer.name} is {tuple(mask.shape)}, but the layer saw "
-                    f"{tuple(activations.shape[:2])} rows and positions: give it the mask of its own input stream"
-                )
-        if (k := self.rows_per_example) > 1:
-            if len(activations) != k * num_examples:
-                raise ValueError(
-                    f"layer {layer.name} saw {len(activations)} rows for {num_examples} examples of {k} rows each"
-                )
-            activations, output_gradients = (
-                x.reshape(num_examples, k * x.shape[1], x.shape[2]) for x in (activations, output_gradients)
-            )
-            mask = None if mask is None else mask.reshape(num_examples, -1)
-        return Captured(activations, output_gradients, mask)
-
-
-def _has_gradient(output_gradients: Tensor) -> Tensor:
-    """[..., out] -> [...] bool, false where all are zero; NaN counts as a gradient."""
-    return ~((output_gradients.amax(-1) == 0) & (output_gradients.amin(-1) == 0))
-
-
-def _lay_out(calls: list[Tensor]) -> Tensor:
-    """Calls of [rows, ..., features] -> [rows, positions, features]."""
-    calls = [x.reshape(len(x), -1, x.shape[-1]) for x in calls]
-    return calls[0] if len(calls) == 1 else torch.cat(calls, dim=1)
+    def _captured(
+        self, layer: TrackedLayer, batch: Batch, gradients: list[Tensor], position_counts: set[int]
+    ) -> Captured:
+        """Give every layer rows and a position axis, and check that everything fits."""
+        operand = self.precision.operand
+        return lay_out(
+            layer.name,
+            [operand(x) for x in self.inputs.pop(layer.name)],
+            [operand(x) for x in gradients],
+            self.position_mask(batch, layer.name),
+            len(batch[EXAMPLE_INDEX]),
+            self.rows_per_example,
+            position_counts,
+        )

@@ -14,9 +14,11 @@ from influence_core.batches import make_batch, order_examples
 from influence_core.captured import Captured
 from influence_core.errors import UserError
 from influence_core.fingerprints import dataset_fingerprint, digest, model_fingerprint
+from influence_core.finite import FiniteWatch
 from influence_core.labels import LabelSampler
 from influence_core.layers import TrackedLayer, find_tracked_layers
 from influence_core.passes import GradientPass, LossFunction
+from influence_core.precision import Precision
 from influence_core.profiler import Profiler
 from influence_core.runtime import Runtime, is_out_of_memory
 from influence_core.storage import StageStore
@@ -52,7 +54,8 @@ class Study:
     def __post_init__(self):
         self.output_dir = Path(self.output_dir)
         self.profiler = Profiler(self.runtime)
-        self.pending: list[tuple[Tensor, list[int], str]] = []  # losses not looked at yet: (loss, examples, what)
+        self.watch = FiniteWatch(self.runtime.device)
+        self.copied: set[str] = set()  # layers whose input or output the model changes in place
         self.computed: set[Path] = set()  # manifests of the stages that this process went through
         self.planned_memory: int | None = None  # bytes at the peak, once there is a plan
         self.planned_flops: dict[str, float] = {}  # by stage
@@ -93,20 +96,28 @@ class Study:
         sampler = None if self.use_empirical_fisher else LabelSampler(self.runtime.seed)
         return self.task.train_loss(model, batch, sampler)
 
-    def gradient_pass(self, loss_function: LossFunction, layers: list[TrackedLayer] | None = None) -> GradientPass:
-        """The engine, set up for this study; by default over all tracked layers."""
-        layers = self.layers if layers is None else layers
-        precision, compile = self.runtime.precision, self.runtime.compile
+    def gradient_pass(
+        self,
+        loss_function: LossFunction,
+        layers: list[TrackedLayer] | None = None,
+        precision: Precision | None = None,
+    ) -> GradientPass:
+        """The engine, set up for this study; by default over all tracked layers.
+
+        Args:
+            precision: another than the runtime's, for a look at the model that is not compiled.
+        """
         return GradientPass(
             self.model,
-            layers,
+            self.layers if layers is None else layers,
             loss_function,
             self.task.position_mask,
-            precision,
-            compile,
+            precision or self.runtime.precision,
+            self.runtime.compile and precision is None,
             rounded=self.layers,
-            rows_per_example=self.task.rows_per_example,
+            rows_per_example=None if self.task.post_processes else self.task.rows_per_example,
             find_active=self.task.has_lengths,
+            copied=self.copied,
         )
 
     def lengths(self, dataset: Sequence[Any]) -> list[int]:
@@ -135,12 +146,12 @@ class Study:
         """Run the examples in this order, batch by batch: (indices of the batch, what was captured).
 
         A batch whose forward and backward pass finds too little memory is run again if `make_room` could free some;
-        else it is halved, and so are all after it. Each loss is checked.
+        else it is halved, and so are all after it. Each loss and what was captured are checked.
 
         Args:
             make_room: frees what the consumer holds, and says whether there was anything.
         Raises:
-            UserError: a single example does not fit; the loss of a batch is NaN or infinite.
+            UserError: a single example does not fit; a loss, an input or a gradient is NaN or infinite.
         """
         done = 0
         while done < len(order):
@@ -157,14 +168,11 @@ class Study:
                 self.runtime.print(f"Out of memory with {len(indices)} examples in a batch: going on with {batch_size}")
                 continue
             loss, captured = result
-            self.pending.append((loss, indices, what))
-            # Reading a loss waits for the device, so on a GPU losses are read in bunches.
-            if self.runtime.device.type == "cpu" or len(self.pending) == 32:
-                self.check_losses()
+            self.watch.note(loss, captured, indices, what)
             done += len(indices)
             del result, loss  # so that what was captured is gone when its consumer is done with it
             yield indices, captured
-        self.check_losses()
+        self.watch.look()
 
     def _run_if_it_fits(
         self, run: GradientPass, dataset: Sequence[Any], indices: list[int]
@@ -176,16 +184,6 @@ class Study:
                 raise
             run.forget()
             return None
-
-    def check_losses(self) -> None:
-        """Raise UserError if a loss since the last look is NaN or infinite; to be called before anything is stored."""
-        pending, self.pending = self.pending, []
-        for loss, examples, what in pending:
-            if not loss.isfinite():
-                raise UserError(
-                    f"the {what} of the batch of examples {_listed(examples)} is {float(loss)}: look at these examples "
-                    "and at the checkpoint (a diverged training run?)"
-                )
 
     @contextmanager
     def stage(self, store: StageStore, twins: Sequence[StageStore] = ()):
@@ -219,13 +217,6 @@ class Study:
 
     def progress_clock(self) -> "ProgressClock":
         return ProgressClock(self.progress_interval)
-
-
-def _listed(examples: list[int]) -> str:
-    """Indices as a person reads them, a run of them as "3 to 7"."""
-    if len(examples) > 1 and examples == list(range(examples[0], examples[-1] + 1)):
-        return f"{examples[0]} to {examples[-1]}"
-    return ", ".join(map(str, sorted(examples)))
 
 
 class ProgressClock:

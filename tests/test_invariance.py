@@ -74,8 +74,12 @@ def test_padding_does_not_matter(tmp_path, plain):
     assert_same_numbers(plain, scores, recomposed_factors(tmp_path))
 
 
-def test_without_a_mask_padding_does_matter(tmp_path, plain):
-    """The control for the test above: a task that forgets its mask gets other covariances, hence other scores."""
+def test_without_a_mask_padding_does_matter(tmp_path, monkeypatch, plain):
+    """The control for the test above: a task that forgets its mask is refused, and would get other covariances, hence
+    other scores."""
+    with pytest.raises(UserError, match="layer first counts .* of padding"):
+        score_tiny(tmp_path, PaddedTinyTask(masked=False))
+    monkeypatch.setattr(analysis, "check_contract", lambda *_: "not at all")
     scores = score_tiny(tmp_path, PaddedTinyTask(masked=False))
     factors = recomposed_factors(tmp_path)
     for name, expected in plain[1].items():
@@ -106,7 +110,7 @@ def test_a_position_mask_of_the_wrong_shape_is_refused(tmp_path, wrong):
             mask = batch["labels"] != PAD
             return wrong(mask) if layer_name == "second" else mask
 
-    with pytest.raises(ValueError, match="position mask of layer second"):
+    with pytest.raises(UserError, match="position mask of layer second"):
         score_tiny(tmp_path, WrongMask(), ["ekfac"])
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from influence_core.errors import UserError
 from influence_core.layers import find_tracked_layers
 from influence_core.passes import GradientPass
 from influence_core.precision import Precision
@@ -174,11 +175,17 @@ class Chain(nn.Module):
         return self.change_second(self.second(self.change_first(self.first(x))))
 
 
-def run_chain(changes, names, loss=lambda model, batch: model(batch["x"]).square().sum(), examples=2):
+def square_loss(model, batch):
+    return model(batch["x"]).square().sum()
+
+
+def run_chain(changes, names, loss=square_loss, examples=2, times=1, **options):
+    torch.manual_seed(1)
     model = Chain(changes)
     inputs = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
-    with GradientPass(model, find_tracked_layers(model, names), loss) as run:
-        return run({"x": inputs, EXAMPLE_INDEX: torch.arange(examples)})
+    with GradientPass(model, find_tracked_layers(model, names), loss, **options) as run:
+        results = [run({"x": inputs, EXAMPLE_INDEX: torch.arange(examples)}) for _ in range(times)]
+    return results[-1]
 
 
 IN_PLACE = {
@@ -196,15 +203,61 @@ IN_PLACE = {
     ids=["first", "second", "first of two", "second of two"],
 )
 @pytest.mark.parametrize("change", IN_PLACE.values(), ids=IN_PLACE)
-def test_an_output_changed_in_place_is_refused(change, names, changed):
-    """Its gradient would be that of another tensor; the same operations out of place are fine.
+def test_an_output_changed_in_place_is_copied(change, names, changed):
+    """Inputs and gradients are those of the same operation out of place, to the bit, in the first batch and the next."""
+    for times in (1, 2):
+        _, captured = run_chain({changed: change}, names, times=times)
+        _, expected = run_chain({changed: lambda x: change(x.clone())}, names)
+        for name in names:
+            assert torch.equal(captured[name].output_gradients, expected[name].output_gradients)
+            assert torch.equal(captured[name].activations, expected[name].activations)
 
-    The first tracked output is a leaf of the graph, where torch itself refuses; after it only the engine can.
-    """
-    with pytest.raises(RuntimeError, match="in.place"):
-        run_chain({changed: change}, names)
-    loss, _ = run_chain({changed: lambda x: change(x.clone())}, names)
-    assert loss.isfinite()
+
+@pytest.mark.parametrize("names", [["first"], ["second"], ["first", "second"]], ids=" ".join)
+def test_an_input_changed_in_place_is_copied(names):
+    """A residual stream that the model adds to in place after the layer has read it."""
+
+    def loss(model, batch, in_place=True):
+        x = torch.tanh(model.first(batch["x"]))
+        y = model.second(x)
+        return (x.add_(y) if in_place else x + y).square().sum()
+
+    _, captured = run_chain({}, names, loss)
+    _, expected = run_chain({}, names, lambda model, batch: loss(model, batch, in_place=False))
+    for name in names:
+        assert torch.equal(captured[name].output_gradients, expected[name].output_gradients)
+        assert torch.equal(captured[name].activations, expected[name].activations)
+
+
+def test_only_what_is_changed_in_place_is_copied():
+    """Copies take time and memory: those layers alone have them, and passes share what one of them found."""
+    copied = set()
+    run_chain({"second": IN_PLACE["method"]}, ["first", "second"], copied=copied)
+    assert copied == {"second"}
+    run_chain({"first": IN_PLACE["method"]}, ["first", "second"], copied=copied)
+    assert copied == {"first", "second"}
+
+
+def test_an_input_handed_over_by_keyword():
+    """layer(input=x) is the same call as layer(x), rounded operands included."""
+
+    class ByKeyword(Chain):
+        def forward(self, x):
+            return self.second(input=torch.tanh(self.first(input=x)))
+
+    for precision in (Precision(), PRECISIONS["emulated bfloat16"]):
+        captured = []
+        for model in (ByKeyword({"second": lambda x: x}), Chain({"second": lambda x: x})):
+            torch.manual_seed(0)
+            model.load_state_dict({key: torch.randn_like(value) for key, value in model.state_dict().items()})
+            with GradientPass(
+                model, find_tracked_layers(model, ["first", "second"]), square_loss, precision=precision
+            ) as run:
+                captured.append(run({"x": torch.ones(2, 5, 3), EXAMPLE_INDEX: torch.arange(2)})[1])
+        for name in ("first", "second"):
+            assert captured[0][name].output_gradients.any()
+            assert torch.equal(captured[0][name].output_gradients, captured[1][name].output_gradients)
+            assert torch.equal(captured[0][name].activations, captured[1][name].activations)
 
 
 @pytest.mark.parametrize("after", [nn.Sequential(), nn.Dropout(), nn.Identity()], ids=repr)
@@ -215,7 +268,7 @@ def test_an_output_that_another_module_hands_on_is_measured(names, after):
     model.first = nn.Sequential(model.first, after)
     names = [name.replace("first", "first.0") for name in names]
     batch = {"x": torch.ones(2, 5, 3), EXAMPLE_INDEX: torch.arange(2)}
-    with GradientPass(model, find_tracked_layers(model, names), lambda m, b: m(b["x"]).square().sum()) as run:
+    with GradientPass(model, find_tracked_layers(model, names), square_loss) as run:
         probe = run.probe(batch)
         _, captured = run(batch)
     assert probe.positions == dict.fromkeys(names, 10)
@@ -224,13 +277,13 @@ def test_an_output_that_another_module_hands_on_is_measured(names, after):
 
 
 def test_a_tracked_layer_that_is_not_called_is_refused():
-    with pytest.raises(RuntimeError, match="did not call: unused"):
+    with pytest.raises(UserError, match="did not call: unused"):
         run_chain({}, ["first", "unused", "second"])
 
 
 def test_a_layer_whose_first_axis_is_not_rows_is_refused():
     """Two rows for three examples: a per-sample gradient has no meaning."""
-    with pytest.raises(ValueError, match="layer first"):
+    with pytest.raises(UserError, match="layer first"):
         run_chain({}, ["first"], examples=3)
 
 

@@ -13,6 +13,8 @@ def eigendecomposition(covariance: Tensor) -> tuple[Tensor, Tensor]:
         covariance: [d, d], symmetric positive semi-definite.
     Returns:
         [d] and [d, d], in the dtype of the covariance; computed in float64. Cost: about 9 d^3 FLOPs.
+    Raises:
+        torch.linalg.LinAlgError: it does not converge.
     """
     eigenvalues, eigenvectors = torch.linalg.eigh(covariance.double())
     # Contiguous: eigh returns its eigenvectors by columns, and a broadcast sends memory as it lies.

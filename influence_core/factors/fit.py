@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from influence_core.captured import Captured
+from influence_core.errors import UserError
 from influence_core.factors.covariance import CovarianceSums
 from influence_core.factors.eigendecomposition import WIDE, eigendecomposition
 from influence_core.factors.kept import KeptCaptures
 from influence_core.factors.lambdas import LambdaSums
 from influence_core.factors.strategies import STRATEGIES, find_strategy
+from influence_core.finite import listed, not_finite, require_finite
 from influence_core.layers import TrackedLayer
 from influence_core.storage import StageStore, Tensors
 from influence_core.study import Study
@@ -99,7 +101,14 @@ def _perform_eigendecomposition(study: Study, store: StageStore, covariance_stor
         mine = [job for job in jobs[runtime.rank :: runtime.world_size] if _named("eigenvalues", job) not in done]
 
         def decompose(job: tuple[str, str]) -> tuple[Tensor, Tensor]:
-            return eigendecomposition(covariances[f"{job[0]}_covariance"].pop(job[1]).to(runtime.device))
+            covariance = covariances[f"{job[0]}_covariance"].pop(job[1]).to(runtime.device)
+            try:
+                return eigendecomposition(covariance)
+            except torch.linalg.LinAlgError as error:
+                raise UserError(
+                    f"the {job[0]} covariance of layer {job[1]} has no eigendecomposition ({error}): leave "
+                    "the layer out of the tracked layers, or fit it on more examples"
+                ) from None
 
         clock = study.progress_clock()
         with runtime.progress(len(mine), "Perform Eigendecomposition", unit="matrix") as bar:
@@ -117,6 +126,8 @@ def _perform_eigendecomposition(study: Study, store: StageStore, covariance_stor
                 tensor = torch.empty(shape, dtype=runtime.precision.sum_dtype) if tensor is None else tensor
                 files[f"{job[0]}_{part}"][job[1]] = tensor = tensor.to(runtime.device)
                 runtime.broadcast(tensor, source=number % runtime.world_size)
+        for kind, tensors in files.items():
+            require_finite(tensors, "Perform Eigendecomposition", kind.replace("_", " "))
     with study.profiler("Save Eigendecomposition"):
         if runtime.is_main:
             store.save(files, {"num_matrices": len(jobs)})
@@ -206,6 +217,28 @@ def _accumulate(
             done += len(indices)
             bar.update(len(indices))
             if clock.is_due():
-                study.check_losses()
+                study.watch.look()
                 store.save_progress(partition, done, sums.tensors)
     runtime.all_reduce(sums.tensors.values())
+    overflown = not_finite(sums.tensors)
+    if overflown:
+        _refuse_overflow(study, sums, batch_size, description, overflown[0])
+
+
+def _refuse_overflow(study: Study, sums: Sums, batch_size: int, description: str, name: str) -> None:
+    """Raise UserError for a sum that is not finite although all that entered it was, with the batch that did it."""
+    kind, layer_name = name.split(".", 1)
+    where = "in the sum over examples"
+    with study.gradient_pass(study.fisher_loss) as run:
+        for indices, captured in study.captures(run, study.train_dataset, study.train_order, batch_size, "loss"):
+            for tensor in sums.tensors.values():
+                tensor.zero_()
+            for layer in study.layers:
+                sums.update(layer, captured.pop(layer.name))
+            if name in not_finite(sums.tensors):
+                where = f"in the batch of examples {listed(indices)}"
+                break
+    raise UserError(
+        f"{description}: squares of the {kind}s of layer {layer_name} are beyond the range of the number format {where}, "
+        "so nothing is stored: look at these examples and at the checkpoint (a diverged training run?)"
+    )

@@ -11,6 +11,7 @@ Sources: Martens and Grosse 2015, arXiv:1503.05671; George et al. 2018, arXiv:18
 arXiv:2308.03296, section 3.1.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -30,18 +31,51 @@ Damping = float | str  # an absolute number; "0.5x": 0.5 x the layer's mean eige
 
 
 def damping_scale(damping: Damping | None) -> float | None:
-    """How many times the layer's mean eigenvalue, or None for an absolute number; UserError for anything else."""
-    if not isinstance(damping, str):
+    """How many times the layer's mean eigenvalue, or None for an absolute number.
+
+    Raises:
+        UserError: it is neither, or a number that float32 does not hold as a positive one.
+    """
+    if damping is None:
         return None
-    if damping == HEURISTIC:
-        return HEURISTIC_SCALE
+    is_multiple = isinstance(damping, str)
     try:
-        scale = float(damping.removesuffix("x"))
-    except ValueError:
-        scale = -1.0
-    if not (damping.endswith("x") and 0 <= scale < float("inf")):
+        number = HEURISTIC_SCALE if damping == HEURISTIC else float(damping.removesuffix("x") if is_multiple else damping)
+    except (TypeError, ValueError):
+        number = math.nan
+    if (is_multiple and damping != HEURISTIC and not damping.endswith("x")) or not 0 <= number < math.inf:
         raise UserError(f"--damping_factor is a number, a multiple such as 0.5x, or {HEURISTIC}, not {damping!r}")
-    return scale
+    limits = torch.finfo(torch.float32)
+    is_none = number == 0 and not is_multiple  # for whoever knows that every eigenvalue is positive
+    if not is_none and not limits.tiny <= number <= limits.max:
+        raise UserError(
+            f"--damping_factor {damping} is outside float32's range, {limits.tiny:.1e} to {limits.max:.1e}: too little "
+            "divides by zero in every direction that the data never shows"
+        )
+    return number if is_multiple else None
+
+
+def damped_inverse(layer: TrackedLayer, eigenvalues: Tensor, damping: Damping) -> Tensor:
+    """1 / (eigenvalues + damping) [out, in(+1)]; zero for a layer without any gradient, which counts nothing.
+
+    (Its mean eigenvalue is zero, so that no multiple of it is a damping.)
+
+
+    Raises:
+        UserError: the inverse is beyond the range of the eigenvalues' dtype.
+    """
+    scale, exact = damping_scale(damping), eigenvalues.double()
+    inverse = (exact + (damping if scale is None else scale * exact.mean())).reciprocal()
+    if scale is not None:
+        inverse = inverse.masked_fill(~exact.any(), 0)
+    inverse = inverse.to(eigenvalues.dtype)
+    if not inverse.isfinite().all():
+        raise UserError(
+            f"some eigenvalues of layer {layer.name} (mean {float(exact.mean()):.1e}) are so small that the damped inverse "
+            f"is beyond {str(eigenvalues.dtype).removeprefix('torch.')}'s range: raise --damping_factor, or leave the "
+            "layer out"
+        )
+    return inverse
 
 
 @dataclass(frozen=True)
@@ -81,6 +115,8 @@ class Preconditioner:
             they are given the very same eigenvectors.
         damping: added to every eigenvalue, in its units (loss^2 per weight^2).
         dtype: of the products.
+    Raises:
+        UserError: see `damped_inverse`.
     """
 
     def __init__(
@@ -105,8 +141,7 @@ class Preconditioner:
                     eigenvalues = torch.outer(factors["gradient_eigenvalues"], factors["activation_eigenvalues"])
             inverse = None
             if eigenvalues is not None:
-                scale = damping_scale(damping)
-                inverse = (eigenvalues + (damping if scale is None else scale * eigenvalues.mean())).reciprocal()
+                inverse = damped_inverse(layer, eigenvalues, damping)
             if basis is not None:
                 inverse = torch.nn.functional.pad(inverse, (0, basis.num_padding_columns))
             self.bases.append(basis)

@@ -22,6 +22,7 @@ from influence_core.factors.strategies import Damping, Preconditioner, find_stra
 from influence_core.fingerprints import dataset_fingerprint
 from influence_core.layers import Parts, TrackedLayer
 from influence_core.scores.gradients import PerSampleGradients, slices
+from influence_core.scores.overflow import overflow
 from influence_core.scores.plan import Plan, preconditioning_chunk
 from influence_core.storage import StageStore, Tensors
 from influence_core.study import Study
@@ -141,10 +142,17 @@ class _PairwiseJob:
             with self.study.profiler("Compute Pairwise Score"):
                 resident = self._preconditioned_queries(group, tile, preconditioners, label)
                 del preconditioners
-                for num_done in self._training_pass(group, tile, resident, done_here, label):
+                training_pass = self._training_pass(group, tile, resident, done_here, label)
+                scores = self.scores[:, tile.start : tile.stop]
+                for num_done in training_pass:
                     if clock.is_due():
-                        self.study.check_losses()
+                        self.study.watch.look()
+                        if not scores.isfinite().all():
+                            break
                         progress_store.save_progress(partition, first + num_done, {"scores": self.scores})
+                training_pass.close()
+                if not scores.isfinite().all():
+                    raise overflow(self.study, self.gradients, group, tile, resident, scores, self.columns)
                 del resident  # before the next pass fills the memory with its own
                 self.gradients.buffer = None
         return self.scores.cpu()

@@ -1,11 +1,15 @@
 """The plan as a person reads it, before the work begins."""
 
-from influence_core.layers import TrackedLayer
+from torch import nn
+
+from influence_core.layers import TrackedLayer, describe_coverage
 from influence_core.scores.plan import Plan, Work, factor_bytes, plan_flops
 from influence_core.units import gigabytes
 
 
-def describe_plan(plan: Plan, layers: list[TrackedLayer], work: Work, in_use: int, budget: int) -> str:
+def describe_plan(
+    plan: Plan, model: nn.Module, layers: list[TrackedLayer], work: Work, in_use: int, budget: int
+) -> str:
     """The plan as a person reads it, before the work begins."""
     flops = plan_flops(plan, layers, work)
     stages = ", ".join(f"{stage} {gigabytes(in_use + peak)}" for stage, peak in plan.peak_bytes.items())
@@ -19,7 +23,7 @@ def describe_plan(plan: Plan, layers: list[TrackedLayer], work: Work, in_use: in
         kept = f", less passes of {plan.kept_share:.0%} of lambda ({gigabytes(plan.kept_bytes)} kept)"
     disk = factor_bytes(layers, work) + work.num_rows * work.num_train * 4
     rows = {
-        "tracked": f"{len(layers)} layers, {sum(layer.num_parameters for layer in layers):,} parameters",
+        "tracked": describe_coverage(model, layers),
         "scores": f"{work.num_queries} queries x {work.num_train} training examples"
         + (f" x {work.num_strategies} strategies" if work.num_strategies > 1 else ""),
         "passes": passes,

@@ -1,0 +1,51 @@
+"""Scores that are not finite although every gradient is: which layer, query and example is to blame."""
+
+from torch import Tensor
+
+from influence_core.errors import UserError
+from influence_core.layers import Parts, TrackedLayer
+from influence_core.scores.gradients import PerSampleGradients
+from influence_core.study import Study
+
+REMEDY = "nothing is stored: raise --damping_factor, or look at the checkpoint (a diverged training run?)"
+
+
+def overflow(
+    study: Study,
+    gradients: PerSampleGradients,
+    group: list[TrackedLayer],
+    tile: range,
+    resident: dict[str, Parts],
+    scores: Tensor,
+    columns: range,
+) -> UserError:
+    """What to tell the user.
+
+    Args:
+        group, tile: layers and queries of the pass.
+        resident: preconditioned query gradients of the pass, see pairwise.py.
+        scores: [strategies, queries of the tile, columns], some of them not finite.
+        columns: the training examples that these are.
+    """
+    for layer in group:
+        for part in resident[layer.name]:
+            rows = (~part.isfinite().all(1)).nonzero()
+            if len(rows):
+                return UserError(
+                    f"the preconditioned gradient of query {tile[int(rows[0]) % len(tile)]} at layer {layer.name} is "
+                    f"beyond the range of the number format; {REMEDY}"
+                )
+    query, column = (int(index) for index in (~scores.isfinite()).any(0).nonzero()[0])
+    pair = f"query {tile[query]} with training example {columns[column]}"
+    with study.gradient_pass(study.task.train_loss, group) as run:
+        for _, captured in study.captures(run, study.train_dataset, [columns[column]], 1, "training loss"):
+            for layer in group:
+                for _, of_examples in gradients.parts(layer, [captured.pop(layer.name)]):
+                    of_layer = sum(
+                        study.runtime.precision.matmul(of_queries, of_example.t())
+                        for of_queries, of_example in zip(resident[layer.name], of_examples)
+                    )
+                    if not of_layer.isfinite().all():
+                        pair += f" at layer {layer.name}"
+                        return UserError(f"the score of {pair} is beyond the range of the number format; {REMEDY}")
+    return UserError(f"the score of {pair}, summed over layers, is beyond the range of the number format; {REMEDY}")
