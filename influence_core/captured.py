@@ -84,7 +84,8 @@ def _fit_mask(name: str, mask: Tensor, seen: Tensor, shape: torch.Size) -> Tenso
     if mask.shape != shape:
         raise UserError(
             f"the position mask of layer {name} is {tuple(mask.shape)}, but the layer saw {tuple(shape)} rows and "
-            "positions: give it the mask of its own input stream"
+            "positions: give it the mask of its own input stream, or leave it out if it has none (relative positions, "
+            "experts that see picked positions)"
         )
     return mask
 

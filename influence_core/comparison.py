@@ -73,10 +73,8 @@ class Comparison:
         what = what or self.what
         alone = [self._run(loss, [index]) for index in self.pair]
         for ran in alone:
-            for name, captured in ran.captured.items():
-                refuse_counted_padding(name, captured, ran.batch)
-                if captured.output_gradients.any():
-                    self.live.add(name)
+            refuse_counted_padding(ran.captured, ran.batch)
+            self.live.update(name for name, captured in ran.captured.items() if captured.output_gradients.any())
         summaries = list(map(self._summary, alone))
         together = self._run(loss, self.pair)
         if together is not None:

@@ -1,4 +1,11 @@
-"""Padding that no second example reveals: where every batch is padded to the same length."""
+"""Padding that no second example reveals, since every batch is padded to the same length: is it counted, or too much?
+
+Padding has no gradient, but not all that has none is padding: where a loss reads one position, the last layers have no
+gradient at the others. So the batch's own tensors are asked as well: along padding they say nothing new.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -11,50 +18,95 @@ FEWEST = 2  # positions that make a run of padding
 NEGLIGIBLE = 1e-4  # of the norm of all output gradients
 
 
-def refuse_counted_padding(name: str, captured: Captured, batch: Batch) -> None:
-    """Raise UserError where one example's padding is counted by a layer, or what is no padding is left out.
+def refuse_counted_padding(captured: Mapping[str, Captured], batch: Batch) -> None:
+    """Raise UserError where a layer counts padding, or leaves out what is none.
 
     Args:
-        captured: what the layer saw of one example, run alone.
+        captured: what each layer saw of one example, run alone in this batch.
     """
-    gradients, mask = captured.output_gradients, captured.mask
-    if mask is not None:
-        left_out = gradients[~mask].norm()
-        if left_out > NEGLIGIBLE * gradients.norm():
+    by_kind: dict[str, list[tuple[str, int]]] = {}  # layers whose names differ by a number only, those of all blocks
+    for name, of_layer in captured.items():
+        gradients, mask = of_layer.output_gradients, of_layer.mask
+        if mask is None:
+            num_padded = _in_no_tensor(batch, gradients)
+            if num_padded:
+                raise _counts_padding(name, num_padded)
+        elif gradients[~mask].norm() > NEGLIGIBLE * gradients.norm():
             raise UserError(
                 f"the position mask of layer {name} leaves out positions that carry gradient: it is that of another "
                 "stream; position_mask is true at every real position of the layer's own input"
             )
-        return
-    num_padded = count_padding(batch, ~has_gradient(gradients))
-    if num_padded >= FEWEST:
-        raise UserError(
-            f"layer {name} counts {num_padded} positions of padding of one example: let position_mask give the mask of "
-            "the layer's own input stream (of ones where they are none)"
-        )
+        else:
+            num_padded = _beyond_another_tensor(batch, of_layer)
+            by_kind.setdefault(re.sub(r"\d+", "#", name), []).append((name, num_padded))
+    everywhere = all(num_padded for layers in by_kind.values() for _, num_padded in layers)
+    for layers in by_kind.values():
+        # In the last block alone, positions may have no gradient for other reasons.
+        if all(num_padded for _, num_padded in layers) and (
+            everywhere or len(layers) > 1 or _sees_the_same(captured[layers[0][0]])
+        ):
+            raise _counts_padding(*layers[0])
 
 
-def count_padding(batch: Batch, is_dead: Tensor) -> int:
-    """Positions at the ends of rows that have no gradient, and where no tensor of the batch says anything new.
+def _counts_padding(name: str, num_padded: int) -> UserError:
+    return UserError(
+        f"layer {name} counts {num_padded} positions of padding of one example: let position_mask give the mask of the "
+        "layer's own input stream (of ones where they are none)"
+    )
 
-    Args:
-        is_dead: [rows, positions] (or folded alike), true where there is no gradient.
-    """
-    tensors = [
-        value.reshape(-1, value.shape[-1])
-        for key, value in batch.items()
-        if key != EXAMPLE_INDEX and value.dim() > 1 and value.numel() == is_dead.numel()
-    ]
-    if not tensors or len({x.shape for x in tensors}) > 1:
-        return 0
-    is_dead = is_dead.reshape(tensors[0].shape)
-    # A tensor that is the same all along a row does not tell padding from the rest.
-    varied = torch.stack([(x != x[:, :1]).any(1) for x in tensors]).any(0)
+
+def _in_no_tensor(batch: Batch, gradients: Tensor) -> int:
+    """Positions at the ends of rows without gradient, along which no tensor of the batch changes."""
     count = 0
-    for direction in (lambda x: x, lambda x: x.flip(1)):  # padding on the left, and on the right
-        run = direction(is_dead)
-        for x in map(direction, tensors):
-            run = run & (x == x[:, :1])
-        lengths = run.cumprod(1).sum(1)
-        count += int(lengths[(lengths >= FEWEST) & varied].sum())
+    for without_gradient, constant in _runs_at_the_ends(batch, gradients):
+        run = torch.stack([without_gradient, *constant]).amin(0)
+        # Tensors that are the same all along a row do not tell padding from the rest.
+        is_padding = (run >= FEWEST) & (torch.stack(constant).amin(0) < _num_positions(batch, gradients))
+        count += int(run[is_padding].sum())
     return count
+
+
+def _beyond_another_tensor(batch: Batch, captured: Captured) -> int:
+    """Counted positions without gradient, where those without begin just where a tensor of the batch ends."""
+    counts = []
+    for direction, (without_gradient, constant) in enumerate(_runs_at_the_ends(batch, captured.output_gradients)):
+        num_positions = _num_positions(batch, captured.output_gradients)
+        mask = captured.mask.reshape(-1, num_positions)
+        mask = mask if direction == 0 else mask.flip(1)
+        within = torch.arange(num_positions, device=mask.device) < without_gradient[:, None]
+        fits = torch.stack([run == without_gradient for run in constant]).any(0)
+        counts.append(int((mask & within)[fits & (without_gradient < num_positions)].sum()))
+    return max((count for count in counts if count >= FEWEST), default=0)
+
+
+def _sees_the_same(captured: Captured) -> bool:
+    """Whether all counted positions without gradient have the same input, as those of padding have.
+
+    But for the two at the ends: a decoder's input is shifted by one.
+    """
+    seen = captured.activations[captured.mask & ~has_gradient(captured.output_gradients)][1:-1]
+    return len(seen) >= FEWEST and bool((seen - seen[:1]).norm() <= NEGLIGIBLE * seen.norm())
+
+
+def _tensors(batch: Batch, gradients: Tensor) -> list[Tensor]:
+    """[rows, positions], the batch's tensors of as many positions as there are gradients."""
+    count = gradients.shape[0] * gradients.shape[1]
+    tensors = [x for key, x in batch.items() if key != EXAMPLE_INDEX and x.dim() > 1 and x.numel() == count]
+    tensors = [x.reshape(-1, x.shape[-1]) for x in tensors]
+    return tensors if len({x.shape for x in tensors}) == 1 else []
+
+
+def _num_positions(batch: Batch, gradients: Tensor) -> int:
+    return _tensors(batch, gradients)[0].shape[1]
+
+
+def _runs_at_the_ends(batch: Batch, gradients: Tensor) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """For the beginning and for the end of rows: how many positions have no gradient, and how many of each tensor of the
+    batch are constant; [rows] each. Nothing where no tensor has the positions of the gradients."""
+    tensors = _tensors(batch, gradients)
+    if tensors:
+        without = ~has_gradient(gradients).reshape(tensors[0].shape)
+        for turned in (lambda x: x, lambda x: x.flip(1)):
+            runs = [turned(without), *(turned(x) == turned(x)[:, :1] for x in tensors)]
+            lengths = [run.cumprod(1).sum(1) for run in runs]
+            yield lengths[0], lengths[1:]

@@ -90,10 +90,11 @@ class GradientPass:
         self.exact: list[tuple[Tensor, Tensor]] = []  # (a parameter or buffer, what it held)
         self.handles = []
         self.model.requires_grad_(False).eval()
-        if self.precision.emulated:
+        if self.precision.is_half:  # 16-bit weights of any kind, in the one that the pass computes in
             for tensor in itertools.chain(self.model.parameters(), self.model.buffers()):
-                if tensor.is_floating_point() and tensor.itemsize < self.precision.product_dtype.itemsize:
+                if tensor.is_floating_point() and tensor.itemsize < 4 and tensor.dtype != self.precision.product_dtype:
                     self._swap(tensor, tensor.data.to(self.precision.product_dtype))
+        if self.precision.emulated:
             for layer in self.rounded:
                 self._swap(layer.module.weight, self.precision.operand(layer.module.weight.data))
                 self.handles.append(layer.module.register_forward_pre_hook(self._round_input, with_kwargs=True))

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from influence_core import analysis
 from tests.scripts import ANALYZE, TRAIN, run
 
 # Products this small lose more to a second thread, tenfold on a busy machine, than it gives; processes inherit it.
@@ -27,6 +28,14 @@ def results(checkpoint, tmp_path_factory):
     directory = tmp_path_factory.mktemp("analyzed") / "results"
     flags = ["--checkpoint_dir", checkpoint, "--output_dir", directory, "--factor_strategy", "ekfac"]
     return run("analyze", *ANALYZE, *flags).ok(), directory
+
+
+@pytest.fixture(scope="module")
+def unchecked():
+    """No check of the contract, whose runs of the model would be counted by tests of what the stages run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(analysis, "check_contract", lambda *_: "not at all")
+        yield
 
 
 @pytest.fixture

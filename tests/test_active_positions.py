@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from influence_core.captured import find_active_positions
 from influence_core.factors.covariance import CovarianceSums
 from influence_core.factors.lambdas import LambdaSums
 from influence_core.layers import find_tracked_layers
@@ -87,5 +88,5 @@ def test_a_gradient_that_is_no_number_is_no_zero():
     gradients = captured["first"].output_gradients
     gradients[1, 5] = float("nan")
     captured["first"].active = None
-    GradientPass._find_active_positions([captured["first"]])
+    find_active_positions([captured["first"]])
     assert captured["first"].active[1, 5] and captured["first"].active.sum() == ROWS + 1

@@ -253,7 +253,7 @@ class CountingTask(TinyTask):
         return TinyTask.train_loss(self, model, batch)
 
 
-def test_training_passes_do_not_grow_with_query_micro_batches(tmp_path):
+def test_training_passes_do_not_grow_with_query_micro_batches(tmp_path, unchecked):
     """--query_batch_size shapes the queries' own passes only; the training set is passed over once."""
     counts = {}
     for query_batch_size in (1, 4):

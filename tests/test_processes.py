@@ -91,11 +91,13 @@ def stopped_and_started_again(directory, runtime):
     for number, stops in enumerate([*STOPS, None]):
         first = StoppingTask(stops and stops[runtime.rank])
         second = StoppingTask()
-        try:
-            score(make_study(directory / str(number), first, runtime=runtime, progress_interval=0.0), ["ekfac"])
-        except Stopped:
-            runtime.barrier()
-            score(make_study(directory / str(number), second, runtime=runtime, progress_interval=0.0), ["ekfac"])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(analysis, "check_contract", lambda *_: "not at all")  # its losses would be counted
+            try:
+                score(make_study(directory / str(number), first, runtime=runtime, progress_interval=0.0), ["ekfac"])
+            except Stopped:
+                runtime.barrier()
+                score(make_study(directory / str(number), second, runtime=runtime, progress_interval=0.0), ["ekfac"])
         assert (stops is None) == (second.losses == [])
         losses.append(first.losses + second.losses)
     return losses

@@ -40,7 +40,9 @@ def damping_scale(damping: Damping | None) -> float | None:
         return None
     is_multiple = isinstance(damping, str)
     try:
-        number = HEURISTIC_SCALE if damping == HEURISTIC else float(damping.removesuffix("x") if is_multiple else damping)
+        number = (
+            HEURISTIC_SCALE if damping == HEURISTIC else float(damping.removesuffix("x") if is_multiple else damping)
+        )
     except (TypeError, ValueError):
         number = math.nan
     if (is_multiple and damping != HEURISTIC and not damping.endswith("x")) or not 0 <= number < math.inf:
