@@ -10,7 +10,7 @@ from influence_core.batches import make_batch
 from influence_core.check import check_contract
 from influence_core.factors.fit import fit_factors, refuse_foreign_factors
 from influence_core.factors.kept import KeptCaptures
-from influence_core.factors.strategies import Damping, find_strategy
+from influence_core.factors.strategies import Damping, damping_scale, find_strategy
 from influence_core.layers import TrackedLayer
 from influence_core.passes import LossFunction, Probe
 from influence_core.runtime import is_out_of_memory
@@ -45,6 +45,7 @@ def analyze(
             contract (see check.py).
     """
     strategies = [find_strategy(name) for name in strategy_names]
+    damping_scale(damping)
     require_writable(study.output_dir)
     if not study.overwrite:  # refuse before the work rather than after it
         for name in strategy_names:
