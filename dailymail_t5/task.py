@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSeq2SeqLM, T5Config
 
 from influence_core.errors import UserError
+from influence_core.experiments.columns import Text
 from influence_core.experiments.demo_corpus import demo_summaries
 from influence_core.experiments.example import MEASUREMENT
 from influence_core.experiments.pretrained import DEMO_DEFAULTS, PretrainedTask
@@ -65,7 +66,7 @@ class DailyMailTask(PretrainedTask):
         "scale_decoder_outputs": "tie_word_embeddings",
     }
     tokenizer_style = "t5"
-    columns = ("article", "highlights")
+    columns = {"article": Text(), "highlights": Text()}
 
     def __init__(self, max_source_length, max_target_length, **flags):
         super().__init__(**flags)

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForMultipleChoice, RobertaConfig
 
 from influence_core.errors import UserError
+from influence_core.experiments.columns import Label, Text
 from influence_core.experiments.demo_corpus import demo_questions
 from influence_core.experiments.example import MEASUREMENT
 from influence_core.experiments.pretrained import DEMO_DEFAULTS, PretrainedTask
@@ -55,7 +56,12 @@ class SwagTask(PretrainedTask):
 
     auto_model, config_class = AutoModelForMultipleChoice, RobertaConfig
     tokenizer_style = "roberta"
-    columns = ("sent1", "sent2", *ENDINGS, "label")
+    columns = {
+        "sent1": Text(),
+        "sent2": Text(),
+        **dict.fromkeys(ENDINGS, Text(may_be_blank=False)),
+        "label": Label(len(ENDINGS)),
+    }
 
     # The endings of a question are four rows that make one example. Their gradients add up, so the engine may lay them
     # end to end; post_process_per_sample_gradient below says the same in full, for tasks where they do not just add up.

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from influence_core.errors import UserError
+from influence_core.experiments.columns import Text
 from influence_core.experiments.demo_corpus import demo_corpus
 from influence_core.experiments.example import MEASUREMENT
 from influence_core.experiments.pretrained import DEMO_DEFAULTS, PretrainedTask
@@ -54,8 +55,9 @@ class WikiTextTask(PretrainedTask):
         },
     }
 
-    auto_model, config_class, columns = AutoModelForCausalLM, GPT2Config, ("text",)
-    tokenizer_style = "gpt2"
+    auto_model, config_class = AutoModelForCausalLM, GPT2Config
+    columns = {"text": Text()}
+    tokenizer_style, pads = "gpt2", False  # blocks are whole
     # Rows are joined by the thousand, as the Hugging Face example does, and cut into blocks.
     one_example_a_row, rows_at_once = False, 1000
 

@@ -3,12 +3,9 @@
 import argparse
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from functools import cache
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import huggingface_hub
 from torch import Tensor, nn
 
 from influence_core.errors import UserError
@@ -62,36 +59,6 @@ class ExampleTask(InfluenceTask):
     def query_metrics(self, values: dict[str, Tensor]) -> dict[str, float]:
         """What a counterfactual retraining is judged by, from the values of the queries; the first one is plotted."""
         return self.metrics(values)
-
-
-def load_from(source: str, flag: str, load: Callable[[], Any]) -> Any:
-    """Load a model, tokenizer or dataset from a local directory or the Hub; UserError with advice otherwise."""
-    is_local = Path(source).is_dir()
-    if not is_local:
-        _work_offline_if_unreachable()
-    try:
-        return load()
-    except Exception as error:  # loaders of other libraries raise what they like
-        reason = first_line(error)
-        if is_local:
-            raise UserError(f"can't load {flag} {source}: {reason}") from None
-        raise UserError(
-            f"can't load {flag} {source}: it is no local directory, and it could not be had from the Hub (no network, "
-            f"or no such name): give a local directory with {flag} ({reason})"
-        ) from None
-
-
-@cache
-def _work_offline_if_unreachable() -> None:
-    """One quick look whether the Hub answers; if not, only its cache on disk is used, without minutes of retries."""
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return
-    try:
-        huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
-    except Exception:  # whatever the session's library raises: there is no way to the Hub
-        import datasets  # only where it is needed: it takes long to import
-
-        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
 
 def first_line(error: Exception) -> str:

@@ -7,13 +7,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from influence_core.errors import UserError
+from influence_core.experiments.columns import Kind, Text, check_columns
 from influence_core.experiments.demo_corpus import DEMO_CORPUS, demo_corpus, train_tokenizer
-from influence_core.experiments.example import ExampleTask, is_main_process, load_from, parse_overrides, take
+from influence_core.experiments.example import ExampleTask, is_main_process, parse_overrides, take
+from influence_core.experiments.loading import load_from
+from influence_core.experiments.weights import load_weights, require_a_start, require_whole
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,6 +29,8 @@ DEMO_DEFAULTS = {
     "num_masks": 10,
     "num_repeats.evaluate_lds": 2,
 }
+
+MODEL_FLAG = "--model_name_or_path"
 
 
 class _Parts(Sequence):
@@ -60,9 +64,10 @@ class PretrainedTask(ExampleTask):
 
     auto_model: ClassVar[type]  # such as AutoModelForCausalLM
     config_class: ClassVar[type[PretrainedConfig]]  # of models from scratch
-    columns: ClassVar[tuple[str, ...]]  # that the dataset must have
+    columns: ClassVar[dict[str, Kind]]  # that the dataset must have: {"sentence": Text(), "label": Label(2)}
     follows: ClassVar[dict[str, str]] = {}  # {field of a stored config: the field whose override it follows}
     tokenizer_style: ClassVar[str]  # whose special tokens a new tokenizer gets, see train_tokenizer
+    pads: ClassVar[bool] = True  # whether `collate` needs the tokenizer's padding
     one_example_a_row: ClassVar[bool] = True
     rows_at_once: ClassVar[int] = 1000  # of the dataset, that are made into examples together
 
@@ -79,7 +84,7 @@ class PretrainedTask(ExampleTask):
 
     @staticmethod
     def add_arguments(parser):
-        parser.add_argument("--model_name_or_path", help="model to start from: a Hub id or a directory; a directory "
+        parser.add_argument(MODEL_FLAG, help="model to start from: a Hub id or a directory; a directory "
                             "with only a config starts from scratch")  # fmt: skip
         parser.add_argument("--tokenizer_name_or_path", help="where it is not with the model")
         parser.add_argument("--config_overrides", help="key=value,… of the model's config: trains that from scratch")
@@ -105,8 +110,7 @@ class PretrainedTask(ExampleTask):
         if self.is_demo:
             return list(demo_corpus().values())
         rows = self.rows("train")
-        kinds = {column: getattr(rows.features[column], "dtype", None) for column in self.columns}
-        return [text for column, kind in kinds.items() if kind in ("string", "large_string") for text in rows[column]]
+        return [text for column, kind in self.columns.items() if isinstance(kind, Text) for text in rows[column]]
 
     def config_values(self) -> dict[str, Any]:
         """What the config of a model from scratch takes from the tokenizer and the task."""
@@ -125,32 +129,57 @@ class PretrainedTask(ExampleTask):
 
     @cached_property
     def tokenizer(self):
-        source, flag = self.tokenizer_source or self.model_source, "--tokenizer_name_or_path"
-        if self.checkpoint_dir is not None:
-            source, flag = self.checkpoint_dir, "--checkpoint_dir"
-        elif self.tokenizer_source is None and self._starts_from_scratch and self.vocab_size:
-            return train_tokenizer(self.tokenizer_texts(), self.vocab_size, self.tokenizer_style)
-        if source is None:
-            raise UserError("no tokenizer: name one with --tokenizer_name_or_path")
-        tokenizer = load_from(source, flag, lambda: AutoTokenizer.from_pretrained(source))
-        num_special = len(tokenizer.all_special_tokens)
-        if len(tokenizer) <= num_special:  # what transformers makes of a directory without a tokenizer
-            raise UserError(f"there is no tokenizer in {flag} {source}")
+        if self.checkpoint_dir is None and self._trains_tokenizer:
+            origin = "the tokenizer that --vocab_size trains"
+            tokenizer = train_tokenizer(self.tokenizer_texts(), self.vocab_size, self.tokenizer_style)
+        else:
+            source, flag = self.tokenizer_source or self.model_source, "--tokenizer_name_or_path"
+            if self.checkpoint_dir is not None:
+                source, flag = self.checkpoint_dir, "--checkpoint_dir"
+            if source is None:
+                raise UserError("no tokenizer: name one with --tokenizer_name_or_path")
+            origin = f"the tokenizer of {flag} {source}"
+            tokenizer = load_from(source, flag, lambda: AutoTokenizer.from_pretrained(source))
+            num_special = len(tokenizer.all_special_tokens)
+            if len(tokenizer) <= num_special:  # what transformers makes of a directory without a tokenizer
+                raise UserError(f"there is no tokenizer in {flag} {source}")
+        if self.pads and tokenizer.pad_token_id is None:
+            raise UserError(f"{origin} has no pad token, which {self.name} needs: give it one, or name another")
         return tokenizer
 
     def load_model(self, checkpoint_dir):
         self.checkpoint_dir = checkpoint_dir or self.checkpoint_dir
-        if checkpoint_dir is not None:
-            return load_from(checkpoint_dir, "--checkpoint_dir", lambda: self._from_pretrained(checkpoint_dir))
-        if not self._starts_from_scratch:
-            source = self.model_source
-            return load_from(source, "--model_name_or_path", lambda: self._from_pretrained(source))
-        return self._from_scratch()
+        if checkpoint_dir is None and self._starts_from_scratch:
+            model = self._from_scratch()
+        else:
+            model = self._from_weights(checkpoint_dir)
+        num_words, num_embeddings = len(self.tokenizer), model.get_input_embeddings().num_embeddings
+        if num_words > num_embeddings:
+            remedy = "name the model's own with --tokenizer_name_or_path, or let --config_overrides set no vocab_size"
+            if self.checkpoint_dir is not None:
+                remedy = f"the tokenizer's files in {self.checkpoint_dir} are not those of the model's training"
+            raise UserError(
+                f"the tokenizer has {num_words} words, the model only {num_embeddings} embeddings: {remedy}"
+            )
+        return model
 
-    def _from_pretrained(self, source: str) -> nn.Module:
-        config = AutoConfig.from_pretrained(source)
-        self.adapt_config(config)
-        return self.auto_model.from_pretrained(source, config=config, dtype=torch.float32)
+    def _from_weights(self, checkpoint_dir: str | None) -> nn.Module:
+        """A checkpoint, which has to be whole; or the initial model, whose head may be new."""
+        source, flag = checkpoint_dir or self.model_source, "--checkpoint_dir" if checkpoint_dir else MODEL_FLAG
+
+        def load():
+            config = AutoConfig.from_pretrained(source)
+            self.adapt_config(config)
+            return load_weights(self.auto_model, source, config)
+
+        model, differences = load_from(source, flag, load)
+        if checkpoint_dir:
+            require_whole(model, differences, f"{flag} {source}")
+        else:
+            note = require_a_start(model, differences, f"{flag} {source}")
+            if note and is_main_process():
+                print(note)
+        return model
 
     def _from_scratch(self) -> nn.Module:
         unknown = [key for key in self.config_overrides if not hasattr(self.config_class(), key)]
@@ -182,6 +211,10 @@ class PretrainedTask(ExampleTask):
         return bool(self.config_overrides) or (is_local and not self._has_weights)
 
     @property
+    def _trains_tokenizer(self) -> bool:
+        return bool(self.tokenizer_source is None and self._starts_from_scratch and self.vocab_size)
+
+    @property
     def _has_weights(self) -> bool:
         directory = Path(self.model_source or "/nowhere")
         return any(itertools.chain(directory.glob("*.safetensors*"), directory.glob("pytorch_model*")))
@@ -204,12 +237,12 @@ class PretrainedTask(ExampleTask):
         """The dataset's rows of "train" or "validation", or of the part that stands for it."""
         from datasets import load_dataset  # only where it is needed: it takes long to import
 
+        config = f" --dataset_config {self.dataset_config}" if self.dataset_config else ""
         rows = load_from(
             self.dataset_source,
             "--dataset_name_or_path",
             lambda: load_dataset(self.dataset_source, self.dataset_config, split=self.split_sources[split]),
+            f" (--{split}_split {self.split_sources[split]}{config})",
         )
-        missing = [column for column in self.columns if column not in rows.column_names]
-        if missing:
-            raise UserError(f"{self.dataset_source} has no column {missing[0]!r}, only {', '.join(rows.column_names)}")
+        check_columns(rows, self.columns, self.dataset_source, self.split_sources[split])
         return rows

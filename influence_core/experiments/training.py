@@ -4,7 +4,9 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -63,18 +65,35 @@ def _train(task_class: type[ExampleTask], arguments) -> None:
     with tqdm(total=recipe.num_steps(num_train, accelerator.num_processes), desc="Train", unit="step",
               disable=not accelerator.is_main_process) as bar:  # fmt: skip
         model = fit(task, model, splits["train"], recipe, arguments.seed, accelerator, bar)
+    _require_finite(task, accelerator.unwrap_model(model), splits["train"][: recipe.train_batch_size], accelerator)
+    if accelerator.is_main_process:  # before the evaluation, that may fail: it can be done again, without training
+        _save(checkpoint_dir, accelerator.unwrap_model(model), task.tokenizer, record)
+        print(f"Checkpoint: {checkpoint_dir}", flush=True)
+    accelerator.wait_for_everyone()
     for split, dataset in splits.items():
         generate = split == "validation"
         values = evaluate(task, model, dataset, arguments.eval_batch_size, accelerator, generate, show_progress=True)
         metrics = task.metrics(values)
         if not all(map(math.isfinite, metrics.values())):
-            raise UserError(f"training diverged: {metrics} on the {split} split; lower --learning_rate")
+            raise UserError(
+                f"{metrics} on the {split} split: lower --learning_rate if training diverged; the checkpoint "
+                f"{checkpoint_dir} was kept"
+            )
         accelerator.print(f"{split:<10} " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-    if accelerator.is_main_process:
-        _save(checkpoint_dir, accelerator.unwrap_model(model), task.tokenizer, record)
-        print(f"Checkpoint: {checkpoint_dir}")
-    accelerator.wait_for_everyone()
     accelerator.end_training()
+
+
+@torch.no_grad()
+def _require_finite(task: ExampleTask, model: torch.nn.Module, examples: Sequence[Any], accelerator) -> None:
+    """Raise UserError if the model is not worth keeping: the last step's loss was that of the model before it."""
+    broken = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+    if broken:
+        raise UserError(f"training diverged: {broken[0]} is not finite, nothing was saved; lower --learning_rate")
+    batch = {key: value.to(accelerator.device) for key, value in task.collate(examples).items()}
+    with accelerator.autocast():
+        loss = task.training_loss(model.eval(), batch).item()
+    if not math.isfinite(loss):
+        raise UserError(f"training diverged: the loss is {loss} now, nothing was saved; lower --learning_rate")
 
 
 def _is_finished(checkpoint_dir: Path, record: dict) -> bool:
