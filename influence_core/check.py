@@ -52,8 +52,8 @@ def check_contract(study: Study, query_dataset: Sequence[Any], fits_factors: boo
         which = ", ".join(dead[:6]) + (f", … ({len(dead)} in all)" if len(dead) > 6 else "")
         study.runtime.print(f"Note: no gradient reaches {which} (in the examples that were looked at): counts nothing")
     return (
-        f"examples {_listed(on_train)} of the training set, {_listed(on_queries)} of the queries: each gives alone what "
-        f"it gives beside the other ({time.perf_counter() - start:.1f} s)"
+        f"examples {_listed(on_train)} of the training set, {_listed(on_queries)} of the queries: each gives alone "
+        f"what it gives beside the other ({time.perf_counter() - start:.1f} s)"
     )
 
 
@@ -112,8 +112,8 @@ def _check_sampled_labels(study: Study, comparison: Comparison, with_data_labels
         return
     raise UserError(
         "train_loss gives the same with sample_labels as without: its factors would be those of the empirical Fisher "
-        "under the name of the true one; draw the labels from the model with sample_labels (influence_core/task.py), or "
-        "say --use_empirical_fisher"
+        "under the name of the true one; draw the labels from the model with sample_labels (influence_core/task.py), "
+        "or say --use_empirical_fisher"
     )
 
 

@@ -114,15 +114,15 @@ class Comparison:
             return
         if abs(self._run(loss, self.pair).loss - together.loss) > allowed:
             cause = (
-                "it is random, as two runs of the same batch differ (dropout that eval() does not reach, or labels drawn "
-                "without sample_labels)"
+                "it is random, as two runs of the same batch differ (dropout that eval() does not reach, or labels "
+                "drawn without sample_labels)"
             )
         elif min(first, second) - allowed <= together.loss <= max(first, second) + allowed:
             cause = "it looks like a mean over the batch: sum over positions and examples (reduction='sum')"
         elif what == self.what:
             cause = (
-                "it depends on what shares the batch: negatives or statistics taken from the batch, or padding that the "
-                "model reads (attention mask, position ids)"
+                "it depends on what shares the batch: negatives or statistics taken from the batch, or padding that "
+                "the model reads (attention mask, position ids)"
             )
         else:
             cause = (
@@ -150,10 +150,10 @@ class Comparison:
         for layer, difference, explained in differing:
             if difference > explained + of_largest * largest:
                 raise UserError(
-                    f"the gradient of the {what} at layer {layer.name} of examples {self._named()} is not alone what it "
-                    f"is together (by {difference / max(largest, 1e-30):.1g} of the largest), though the losses agree: "
-                    "what the layer sees can't be told apart by example (positions picked from several, or rows that do "
-                    "not come first); leave it out of the tracked layers"
+                    f"the gradient of the {what} at layer {layer.name} of examples {self._named()} is not alone what "
+                    f"it is together (by {difference / max(largest, 1e-30):.1g} of the largest), though the losses agree: "
+                    "what the layer sees can't be told apart by example (positions picked from several, or rows that "
+                    "do not come first); leave it out of the tracked layers"
                 )
 
     def _compare_counts(self, layer: TrackedLayer, what: str, alone: list[_Part], both: _Part) -> None:
@@ -164,8 +164,8 @@ class Comparison:
             else:
                 cause = "padding is counted, or the mask is that of another stream; let position_mask give its own"
             raise UserError(
-                f"layer {layer.name} counts {counts[0]} and {counts[1]} positions of examples {self._named()} alone, and "
-                f"{expected} together ({what}): {cause}"
+                f"layer {layer.name} counts {counts[0]} and {counts[1]} positions of examples {self._named()} alone, "
+                f"and {expected} together ({what}): {cause}"
             )
         moment = sum(part.second_moment for part in alone)
         if float((both.second_moment - moment).norm()) > 10 * self.tolerances[0] * float(moment.norm()):
@@ -184,8 +184,8 @@ class Comparison:
         expected = (len(ran.batch[EXAMPLE_INDEX]), *layer.shape)
         if gradients.shape != expected:
             raise UserError(
-                f"the gradients of layer {layer.name} are {tuple(gradients.shape)}, and must be {expected}, one for each "
-                "example: rows that make one example together need rows_per_example, or a "
+                f"the gradients of layer {layer.name} are {tuple(gradients.shape)}, and must be {expected}, one for "
+                "each example: rows that make one example together need rows_per_example, or a "
                 "post_process_per_sample_gradient that sums them"
             )
         size = float(activations.norm()) * float(output_gradients.norm())

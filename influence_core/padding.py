@@ -101,8 +101,10 @@ def _num_positions(batch: Batch, gradients: Tensor) -> int:
 
 
 def _runs_at_the_ends(batch: Batch, gradients: Tensor) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """For the beginning and for the end of rows: how many positions have no gradient, and how many of each tensor of the
-    batch are constant; [rows] each. Nothing where no tensor has the positions of the gradients."""
+    """For the beginning and the end of rows: how many positions have no gradient, and in how many a tensor is constant.
+
+    Each [rows], the second one of every tensor of the batch; nothing where none has the positions of the gradients.
+    """
     tensors = _tensors(batch, gradients)
     if tensors:
         without = ~has_gradient(gradients).reshape(tensors[0].shape)

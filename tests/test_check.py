@@ -7,7 +7,6 @@ by example.
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from influence_core.errors import UserError
 from influence_core.labels import LabelSampler
@@ -175,7 +174,7 @@ def test_unpadded_batches_need_no_mask(tmp_path):
 
 
 class LeftPadded(TinyTask):
-    """Rows padded on the left; uniforms by column of the padded batch (`by_column`), or by the example's own position."""
+    """Rows padded on the left; uniforms by column of the padded batch (`by_column`), or the example's own position."""
 
     def __init__(self, by_column):
         super().__init__()
@@ -521,7 +520,7 @@ def test_weights_of_another_width_than_the_analysis_are_refused(tmp_path, dtype)
 @pytest.mark.parametrize("emulated", [True, False], ids=["emulated", "autocast"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_takes_16_bit_weights(tmp_path, dtype, emulated):
-    """The scores are those of the same weights in float32, within what half precision does; the model keeps its bits."""
+    """The scores are those of the same weights in float32, within rounding; the model keeps its bits."""
     task, precision = TinyTask(), Precision(torch.bfloat16, emulated=emulated)
     scores = []
     for directory, convert in (("narrow", lambda model: model), ("wide", lambda model: model.float())):

@@ -132,7 +132,11 @@ def test_rows_by_a_mapping_of_indices():
 
 
 @pytest.mark.parametrize("task_class, make, column", [
-    (WikiTextTask, lambda **f: WikiTextTask(**dict.fromkeys(WikiTextTask.flag_names()) | {"block_size": 8} | f), "text"),
+    (
+        WikiTextTask,
+        lambda **flags: WikiTextTask(**dict.fromkeys(WikiTextTask.flag_names()) | {"block_size": 8} | flags),
+        "text",
+    ),
     (DailyMailTask, lambda **f: DailyMailTask(**dailymail_flags(**f)), "article"),
 ])  # fmt: skip
 def test_texts_that_may_be_empty(task_class, make, column, tmp_path):

@@ -103,7 +103,7 @@ def test_eigenvalues_whose_inverse_float32_does_not_hold_are_refused(tmp_path, s
     assert not list(tmp_path.rglob("pairwise*"))
 
 
-# ----------------------------------------------------------------------------------------- gradients that are no numbers
+# ---------------------------------------------------------------------------------------- gradients that are no numbers
 
 
 class Spoil(torch.autograd.Function):
@@ -145,9 +145,11 @@ class SpoiledTask(TinyTask):
 
     def train_loss(self, model, batch, sample_labels=None, which=None):
         which = which or ("train" if sample_labels is None else "sampled")
-        is_bad = [which in self.only and torch.equal(row[row != PAD], self.bad) for row in batch["labels"]]
-        model.rows = torch.tensor(is_bad)
+        model.rows = torch.tensor([self.is_spoiled(row[row != PAD], which) for row in batch["labels"]])
         return super().train_loss(model, batch, sample_labels)
+
+    def is_spoiled(self, labels, which):
+        return which in self.only and torch.equal(labels, self.bad)
 
     def measurement(self, model, batch):
         return self.train_loss(model, batch, which="measurement")
@@ -162,7 +164,9 @@ def test_a_gradient_that_is_no_number_is_refused(tmp_path, strategy, split, only
     """In every pass, although the loss is finite: by layer and by the batch with the example; nothing is stored."""
     index = {"train": 17, "validation": 4}[split]
     task = SpoiledTask(split, index, value, [only])
-    told = rf"output gradient of layer first is NaN or infinite in the batch of examples ([\d, ]*, )?{index}(, [\d, ]*)?,"
+    told = (
+        rf"output gradient of layer first is NaN or infinite in the batch of examples ([\d, ]*, )?{index}(, [\d, ]*)?,"
+    )
     with pytest.raises(UserError, match=told):
         score(make_study(tmp_path, task, Precision()), [strategy])
     assert not contents(tmp_path)
@@ -182,11 +186,8 @@ def test_scores_that_overflow_are_refused(tmp_path):
     """Two finite gradients of 1e25: query, example and layer are told."""
 
     class Both(SpoiledTask):
-        def train_loss(self, model, batch, sample_labels=None, which=None):
-            loss = super().train_loss(model, batch, sample_labels, which)
-            if which == "measurement":
-                model.rows = torch.ones(len(batch["labels"]), dtype=torch.bool)
-            return loss
+        def is_spoiled(self, labels, which):
+            return which == "measurement" or super().is_spoiled(labels, which)
 
     with pytest.raises(UserError, match="score of query 0 with training example 17 at layer first"):
         score(make_study(tmp_path, Both("train", 17, 1e25, ["train"]), Precision()), ["identity"])

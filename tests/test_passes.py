@@ -204,7 +204,7 @@ IN_PLACE = {
 )
 @pytest.mark.parametrize("change", IN_PLACE.values(), ids=IN_PLACE)
 def test_an_output_changed_in_place_is_copied(change, names, changed):
-    """Inputs and gradients are those of the same operation out of place, to the bit, in the first batch and the next."""
+    """Inputs and gradients are those of the same operation out of place, to the bit, in every batch."""
     for times in (1, 2):
         _, captured = run_chain({changed: change}, names, times=times)
         _, expected = run_chain({changed: lambda x: change(x.clone())}, names)

@@ -239,6 +239,6 @@ def _refuse_overflow(study: Study, sums: Sums, batch_size: int, description: str
                 where = f"in the batch of examples {listed(indices)}"
                 break
     raise UserError(
-        f"{description}: squares of the {kind}s of layer {layer_name} are beyond the range of the number format {where}, "
-        "so nothing is stored: look at these examples and at the checkpoint (a diverged training run?)"
+        f"{description}: squares of the {kind}s of layer {layer_name} are beyond the range of the number format "
+        f"{where}, so nothing is stored: look at these examples and at the checkpoint (a diverged training run?)"
     )
