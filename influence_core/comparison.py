@@ -151,8 +151,8 @@ class Comparison:
             if difference > explained + of_largest * largest:
                 raise UserError(
                     f"the gradient of the {what} at layer {layer.name} of examples {self._named()} is not alone what "
-                    f"it is together (by {difference / max(largest, 1e-30):.1g} of the largest), though the losses agree: "
-                    "what the layer sees can't be told apart by example (positions picked from several, or rows that "
+                    f"it is together (by {difference / max(largest, 1e-30):.1g} of the largest), though the losses "
+                    "agree: what the layer sees can't be told apart by example (positions picked from several, or rows that "
                     "do not come first); leave it out of the tracked layers"
                 )
 

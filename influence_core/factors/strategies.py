@@ -74,8 +74,8 @@ def damped_inverse(layer: TrackedLayer, eigenvalues: Tensor, damping: Damping) -
     if not inverse.isfinite().all():
         raise UserError(
             f"some eigenvalues of layer {layer.name} (mean {float(exact.mean()):.1e}) are so small that the damped "
-            f"inverse is beyond {str(eigenvalues.dtype).removeprefix('torch.')}'s range: raise --damping_factor, or leave the "
-            "layer out"
+            f"inverse is beyond {str(eigenvalues.dtype).removeprefix('torch.')}'s range: raise --damping_factor, or "
+            "leave the layer out"
         )
     return inverse
 
