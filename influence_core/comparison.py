@@ -152,8 +152,8 @@ class Comparison:
                 raise UserError(
                     f"the gradient of the {what} at layer {layer.name} of examples {self._named()} is not alone what "
                     f"it is together (by {difference / max(largest, 1e-30):.1g} of the largest), though the losses "
-                    "agree: what the layer sees can't be told apart by example (positions picked from several, or rows that "
-                    "do not come first); leave it out of the tracked layers"
+                    "agree: what the layer sees can't be told apart by example (positions picked from several, or rows "
+                    "that do not come first); leave it out of the tracked layers"
                 )
 
     def _compare_counts(self, layer: TrackedLayer, what: str, alone: list[_Part], both: _Part) -> None:
