@@ -1,5 +1,6 @@
 # make demo   train a small GPT-2 on a corpus that every Python has, and show which sequences made it say what it says
-# make test   all tests
+# make test   all tests but the slow ones: under 10 minutes on 2 cores
+# make test-slow   those: torch.compile, torchrun, the README's own task
 # make lint   style and formatting
 # make benchmark   agreement and time beside kronfluence 1.0.1
 # Each makes .venv and installs requirements.txt into it where that has not been done.
@@ -8,14 +9,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint benchmark clean
+.PHONY: demo test test-slow lint benchmark clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python wikitext_gpt2/train.py --preset demo
 	$(BIN)/python wikitext_gpt2/analyze.py --preset demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -m slow
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
