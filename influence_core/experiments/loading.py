@@ -6,11 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
 
 from influence_core.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 STOCK_PHRASE = "An error occurred while generating the dataset"  # of datasets, whatever the error
 SHOWN_CHARACTERS = 400  # of a reason
@@ -25,18 +28,37 @@ def load_from(source: str, flag: str, load: Callable[[], Any], details: str = ""
     is_local = Path(source).is_dir()
     if not is_local:
         _work_offline_if_unreachable()
-    # What datasets logs of a file is that its error does not say: which file.
-    with overheard("datasets", lambda record: record.levelno >= logging.ERROR) as logged:
-        try:
-            return load()
-        except Exception as error:  # loaders of other libraries raise what they like
-            reason = _reason(error, source, logged)
+    try:
+        return load()
+    except Exception as error:  # loaders of other libraries raise what they like
+        reason = _reason(error, source)
     if is_local:
         raise UserError(f"can't load {flag} {source}{details}: {reason}")
     raise UserError(
         f"can't load {flag} {source}{details}: it is no local directory, and it could not be had from the Hub (no "
         f"network, or no such name): give a local directory with {flag} ({reason})"
     )
+
+
+def load_rows(source: str, config: str | None, split: str) -> "Dataset":
+    """The rows of a split, or of parts such as "train[:10%]+test", of a directory or a dataset of the Hub."""
+    from datasets import load_dataset, load_dataset_builder  # only where they are needed: they take long to import
+
+    # Which file it is stands in what datasets logs of an error, not in the error.
+    with overheard("datasets", lambda record: record.levelno >= logging.ERROR) as logged:
+        try:
+            files = None
+            if Path(source).is_dir():
+                # Else datasets reads all splits, and casts their cells to the types of the first one's: 7 to "7", and
+                # a text beside a 7 to one in quotation marks.
+                found = load_dataset_builder(source, config).config.data_files or {}
+                names = re.findall(r"(?:^|\+)\s*(\w+)", split)
+                files = {name: found[name] for name in names if name in found} or None
+            return load_dataset(source, config, data_files=files, split=split)
+        except Exception as error:
+            for message in logged:
+                error.add_note(message)
+            raise
 
 
 @contextmanager
@@ -60,14 +82,14 @@ def overheard(library: str, is_meant: Callable[[logging.LogRecord], bool]) -> It
             handler.removeFilter(is_for_the_screen)
 
 
-def _reason(error: Exception, source: str, logged: list[str]) -> str:
+def _reason(error: Exception, source: str) -> str:
     """The outermost message of an error and its causes that tells something, and the file that is to blame."""
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
         chain.append(cause)
     messages = (_first_sentence(str(each)) for each in chain)
     reason = next((text for text in messages if text and not text.startswith(STOCK_PHRASE)), type(error).__name__)
-    file = re.search(r"file '(.+?)' with error", logged[-1]) if logged else None
+    file = re.search(r"'([^']+)' with error", "".join(getattr(error, "__notes__", [])))
     if file and file[1] not in reason:
         reason += f" ({file[1]})"
     files = (

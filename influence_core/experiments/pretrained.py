@@ -14,7 +14,7 @@ from influence_core.errors import UserError
 from influence_core.experiments.columns import Kind, Text, check_columns
 from influence_core.experiments.demo_corpus import DEMO_CORPUS, demo_corpus, train_tokenizer
 from influence_core.experiments.example import ExampleTask, is_main_process, parse_overrides, take
-from influence_core.experiments.loading import load_from
+from influence_core.experiments.loading import load_from, load_rows
 from influence_core.experiments.weights import load_weights, require_a_start, require_whole
 
 if TYPE_CHECKING:
@@ -235,13 +235,11 @@ class PretrainedTask(ExampleTask):
 
     def rows(self, split: str) -> "Dataset":
         """The dataset's rows of "train" or "validation", or of the part that stands for it."""
-        from datasets import load_dataset  # only where it is needed: it takes long to import
-
         config = f" --dataset_config {self.dataset_config}" if self.dataset_config else ""
         rows = load_from(
             self.dataset_source,
             "--dataset_name_or_path",
-            lambda: load_dataset(self.dataset_source, self.dataset_config, split=self.split_sources[split]),
+            lambda: load_rows(self.dataset_source, self.dataset_config, self.split_sources[split]),
             f" (--{split}_split {self.split_sources[split]}{config})",
         )
         check_columns(rows, self.columns, self.dataset_source, self.split_sources[split])

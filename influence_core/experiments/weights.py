@@ -60,9 +60,9 @@ def require_a_start(model: nn.Module, found: Differences, what: str) -> str | No
     Raises:
         UserError: it is more than another head: layers or embeddings would be random, or be left out.
     """
-    embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
-    missing = [key for key in found.missing if _Blocks(model).index(key) is not None or key in embeddings]
-    unexpected = [key for key in found.unexpected if _Blocks(model).index(key) is not None]
+    blocks = _Blocks(model)
+    missing = [key for key in found.missing if blocks.index(key) or key in _embeddings(model)]
+    unexpected = [key for key in found.unexpected if blocks.index(key)]
     require_whole(model, Differences(missing, unexpected, found.mismatched), what)
     notes = []
     if found.missing:
@@ -70,6 +70,11 @@ def require_a_start(model: nn.Module, found: Differences, what: str) -> str | No
     if found.unexpected:
         notes.append(f"{'s' if notes else 'S'}tored weights that are not used: {_listed(found.unexpected, 8)}")
     return "; ".join(notes) or None
+
+
+def _embeddings(model: nn.Module) -> set[str]:
+    """The names of weights that are looked up: of words, positions and the like."""
+    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
 
 
 class _Blocks:
@@ -103,8 +108,8 @@ def _cause(model: nn.Module, found: Differences) -> str:
         return "its config.json has fewer layers than the weights: mend it, or name other weights"
     if absent and stored - {None}:
         return "its config.json has more layers than the weights: mend it, or name other weights"
-    has_body = model.base_model is not model
-    if not absent and has_body and not all(key.startswith(f"{model.base_model_prefix}.") for key in found.missing):
+    lacks_body = absent or _embeddings(model) & {*found.missing} or model.base_model is model
+    if not lacks_body and not all(key.startswith(f"{model.base_model_prefix}.") for key in found.missing):
         return "its head was never trained: train.py does, with --model_name_or_path"
     return "they are incomplete, or of another architecture: name other weights"
 
