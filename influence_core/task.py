@@ -5,6 +5,9 @@ Symbols (Grosse et al. 2023, arXiv:2308.03296; TRAK, arXiv:2303.14186):
     L(z; theta)   train_loss     summed over positions and examples
     f(z; theta)   measurement    summed over examples, lower is better
     z             an example; one row of a batch unless the task says otherwise
+
+Everything that the engine sums is additive over examples, and an example's part does not depend on what shares its
+batch. check.py proves that on two examples before any work, and refuses what breaks it.
 """
 
 from abc import ABC, abstractmethod
@@ -47,7 +50,8 @@ class InfluenceTask(ABC):
         """L: the training loss, summed over positions and examples, a scalar.
 
         With `sample_labels` the labels are drawn from the model's own distribution (the true Fisher), one for
-        each position that carries loss; without, they are the data's own.
+        each position that carries loss; without, they are the data's own. The uniforms of an example go by its own
+        positions, the first real one first: by the columns of the batch, padding on the left would move them.
         """
 
     @abstractmethod
@@ -67,7 +71,10 @@ class InfluenceTask(ABC):
         return 1
 
     def position_mask(self, batch: Batch, layer_name: str) -> Tensor | None:
-        """[rows, positions] of the layer's own input stream, true at real positions; None: all are real."""
+        """[rows, positions] of the layer's own input stream, true at real positions; None: all are real.
+
+        A layer that sees [rows * positions, features] is unfolded, so its mask is as any other's.
+        """
         return None
 
     def post_process_per_sample_gradient(self, layer_name: str, gradient: Tensor) -> Tensor:

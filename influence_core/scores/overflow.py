@@ -38,14 +38,11 @@ def overflow(
     query, column = (int(index) for index in (~scores.isfinite()).any(0).nonzero()[0])
     pair = f"query {tile[query]} with training example {columns[column]}"
     with study.gradient_pass(study.task.train_loss, group) as run:
-        for _, captured in study.captures(run, study.train_dataset, [columns[column]], 1, "training loss"):
-            for layer in group:
-                for _, of_examples in gradients.parts(layer, [captured.pop(layer.name)]):
-                    of_layer = sum(
-                        study.runtime.precision.matmul(of_queries, of_example.t())
-                        for of_queries, of_example in zip(resident[layer.name], of_examples)
-                    )
-                    if not of_layer.isfinite().all():
-                        pair += f" at layer {layer.name}"
-                        return UserError(f"the score of {pair} is beyond the range of the number format; {REMEDY}")
-    return UserError(f"the score of {pair}, summed over layers, is beyond the range of the number format; {REMEDY}")
+        ((_, captured),) = study.captures(run, study.train_dataset, [columns[column]], 1, "training loss")
+    where = ", summed over layers,"
+    for layer in reversed(group):
+        ((_, of_example),) = gradients.parts(layer, [captured.pop(layer.name)])
+        products = map(study.runtime.precision.matmul, resident[layer.name], [part.t() for part in of_example])
+        if not sum(products).isfinite().all():
+            where = f" at layer {layer.name}"
+    return UserError(f"the score of {pair}{where} is beyond the range of the number format; {REMEDY}")
