@@ -8,6 +8,7 @@ from torch import Tensor
 
 from influence_core.batches import make_batch
 from influence_core.check import check_contract
+from influence_core.errors import UserError
 from influence_core.factors.fit import fit_factors, refuse_foreign_factors
 from influence_core.factors.kept import KeptCaptures
 from influence_core.factors.strategies import Damping, damping_scale, find_strategy
@@ -46,6 +47,9 @@ def analyze(
     """
     strategies = [find_strategy(name) for name in strategy_names]
     damping_scale(damping)
+    for name, dataset in (("training set", study.train_dataset), ("set of queries", query_dataset)):
+        if not len(dataset):
+            raise UserError(f"the {name} is empty")
     require_writable(study.output_dir)
     if not study.overwrite:  # refuse before the work rather than after it
         for name in strategy_names:

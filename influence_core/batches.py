@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from influence_core.errors import UserError
 from influence_core.runtime import Runtime
 from influence_core.task import EXAMPLE_INDEX, Batch, InfluenceTask
 
@@ -32,4 +33,9 @@ def order_examples(lengths: Sequence[int], runtime: Runtime) -> list[int]:
 def make_batch(task: InfluenceTask, dataset: Sequence[Any], indices: Sequence[int], runtime: Runtime) -> Batch:
     """These examples, collated and on the device, with batch[EXAMPLE_INDEX] added."""
     batch = {**task.collate([dataset[index] for index in indices]), EXAMPLE_INDEX: torch.tensor(indices)}
+    other = [
+        f"{key!r} (a {type(value).__name__})" for key, value in batch.items() if not isinstance(value, torch.Tensor)
+    ]
+    if other:
+        raise UserError(f"collate gives {', '.join(other)}: a batch holds tensors")
     return {key: runtime.send(value) for key, value in batch.items()}

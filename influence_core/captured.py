@@ -1,5 +1,7 @@
 """What the layers saw of a batch, laid out by rows and positions, and how much memory it holds."""
 
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +59,7 @@ def lay_out(
         UserError: the first axis does not count rows, or the mask does not fit.
     """
     num_rows = None if rows_per_example is None else num_examples * rows_per_example
+    mask = None if mask is None else torch.as_tensor(mask, dtype=torch.bool, device=inputs[0].device)
     if num_rows is None:
         num_rows = len(inputs[0]) if mask is None else len(mask)
         if num_rows % num_examples:
@@ -69,12 +72,21 @@ def lay_out(
         activations.append(seen.reshape(num_rows, -1, seen.shape[-1]))
         gradients.append(gradient.reshape(num_rows, -1, gradient.shape[-1]))
         if mask is not None:
-            masks.append(_fit_mask(name, mask.bool(), seen, activations[-1].shape[:2]))
+            masks.append(_fit_mask(name, mask, seen, activations[-1].shape[:2]))
     parts = [activations, gradients, masks] if mask is not None else [activations, gradients]
     laid_out = [each[0] if len(each) == 1 else torch.cat(each, dim=1) for each in parts]
     if rows_per_example not in (None, 1):
         laid_out = [x.reshape(num_examples, -1, *x.shape[2:]) for x in laid_out]
     return Captured(*laid_out) if mask is not None else Captured(*laid_out, None)
+
+
+def position_counts(inputs: Iterable[Tensor], batch: Mapping[str, Tensor]) -> set[int]:
+    """How many positions a row may have, by the layers' inputs and by the batch's axes, also flattened."""
+    counts = {x.shape[1] for x in inputs if x.dim() > 2}
+    for value in batch.values():
+        sizes = value.shape[1:]
+        counts |= {math.prod(sizes[i:j]) for i in range(len(sizes)) for j in range(i + 1, len(sizes) + 1)}
+    return counts
 
 
 def _fit_mask(name: str, mask: Tensor, seen: Tensor, shape: torch.Size) -> Tensor:

@@ -47,6 +47,7 @@ def check_contract(study: Study, query_dataset: Sequence[Any], fits_factors: boo
     if fits_factors and not study.use_empirical_fisher:
         _check_sampled_labels(study, on_train, with_data_labels)
     on_queries.prove(study.task.measurement)
+    study.live = on_train.live
     dead = [layer.name for layer in study.layers if layer.name not in on_train.live | on_queries.live]
     if dead:
         which = ", ".join(dead[:6]) + (f", … ({len(dead)} in all)" if len(dead) > 6 else "")

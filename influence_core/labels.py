@@ -62,7 +62,7 @@ _FROM_UNIFORMS_ALONE: ContextVar[bool] = ContextVar("labels_from_uniforms_alone"
 
 @contextmanager
 def labels_from_uniforms_alone() -> Iterator[None]:
-    """Inside, every category is as likely as any other, so that a label depends on its uniform and not on the model.
+    """Inside, every category that is possible is as likely as any other: a label depends on its uniform alone.
 
     For proofs that two batches give an example the same uniforms: labels of the model's own distribution could differ
     by the rounding of its logits.
@@ -85,7 +85,9 @@ def sample_categorical(weights: Tensor, uniforms: Tensor) -> Tensor:
         [...] int64.
     """
     if _FROM_UNIFORMS_ALONE.get():
-        return (uniforms * weights.shape[-1]).long().clamp_(max=weights.shape[-1] - 1)
+        ranks = (weights > 0).cumsum(-1)  # of the possible categories, from 1
+        wanted = (uniforms * ranks[..., -1]).long() + 1
+        return torch.searchsorted(ranks, wanted.unsqueeze(-1)).squeeze(-1).clamp_(max=weights.shape[-1] - 1)
     # In two steps, first among blocks of categories, then within one: a sum is much faster than a cumulative sum.
     num_categories = weights.shape[-1]
     num_whole = num_categories // BLOCK

@@ -5,7 +5,7 @@ gradient at the others. So the batch's own tensors are asked as well: along padd
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,17 +18,18 @@ FEWEST = 2  # positions that make a run of padding
 NEGLIGIBLE = 1e-4  # of the norm of all output gradients
 
 
-def refuse_counted_padding(captured: Mapping[str, Captured], batch: Batch) -> None:
+def refuse_counted_padding(captured: Mapping[str, Captured], batch: Batch, others: Sequence[Batch] = ()) -> None:
     """Raise UserError where a layer counts padding, or leaves out what is none.
 
     Args:
         captured: what each layer saw of one example, run alone in this batch.
+        others: batches of other examples.
     """
     by_kind: dict[str, list[tuple[str, int]]] = {}  # layers whose names differ by a number only, those of all blocks
     for name, of_layer in captured.items():
         gradients, mask = of_layer.output_gradients, of_layer.mask
         if mask is None:
-            num_padded = _in_no_tensor(batch, gradients)
+            num_padded = _in_no_tensor(batch, gradients, others)
             if num_padded:
                 raise _counts_padding(name, num_padded)
         elif gradients[~mask].norm() > NEGLIGIBLE * gradients.norm():
@@ -39,12 +40,9 @@ def refuse_counted_padding(captured: Mapping[str, Captured], batch: Batch) -> No
         else:
             num_padded = _beyond_another_tensor(batch, of_layer)
             by_kind.setdefault(re.sub(r"\d+", "#", name), []).append((name, num_padded))
-    everywhere = all(num_padded for layers in by_kind.values() for _, num_padded in layers)
     for layers in by_kind.values():
-        # In the last block alone, positions may have no gradient for other reasons.
-        if all(num_padded for _, num_padded in layers) and (
-            everywhere or len(layers) > 1 or _sees_the_same(captured[layers[0][0]])
-        ):
+        # In the last block alone, positions may have no gradient for other reasons; and tokens without a loss differ.
+        if all(num_padded for _, num_padded in layers) and _sees_the_same(captured[layers[0][0]]):
             raise _counts_padding(*layers[0])
 
 
@@ -55,15 +53,27 @@ def _counts_padding(name: str, num_padded: int) -> UserError:
     )
 
 
-def _in_no_tensor(batch: Batch, gradients: Tensor) -> int:
-    """Positions at the ends of rows without gradient, along which no tensor of the batch changes."""
-    count = 0
-    for without_gradient, constant in _runs_at_the_ends(batch, gradients):
+def _in_no_tensor(batch: Batch, gradients: Tensor, others: Sequence[Batch]) -> int:
+    """Positions at the ends of rows without gradient, along which no tensor of the batch changes.
+
+    One of them at least has a value there that no example has within, as padding has: or it might be a text's end.
+    """
+    count, tensors = 0, _tensors(batch, gradients)
+    within = {key: torch.cat([_within(each[key]) for each in (batch, *others) if key in each]) for key in tensors}
+    for end, (without_gradient, constant) in zip((0, -1), _runs_at_the_ends(batch, gradients)):
         run = torch.stack([without_gradient, *constant]).amin(0)
-        # Tensors that are the same all along a row do not tell padding from the rest.
-        is_padding = (run >= FEWEST) & (torch.stack(constant).amin(0) < _num_positions(batch, gradients))
-        count += int(run[is_padding].sum())
+        is_padding = torch.zeros_like(run, dtype=torch.bool)
+        for (key, x), length in zip(tensors.items(), constant):
+            is_padding |= ~torch.isin(x[:, end], within[key]) & (length < x.shape[1])
+        count += int(run[is_padding & (run >= FEWEST)].sum())
     return count
+
+
+def _within(x: Tensor) -> Tensor:
+    """What stands between the equal values at the beginning of each row and those at its end."""
+    x = x.reshape(-1, x.shape[-1])
+    from_left, from_right = ((y == y[:, :1]).cumprod(1).bool() for y in (x, x.flip(1)))
+    return x[~from_left & ~from_right.flip(1)]
 
 
 def _beyond_another_tensor(batch: Batch, captured: Captured) -> int:
@@ -88,16 +98,16 @@ def _sees_the_same(captured: Captured) -> bool:
     return len(seen) >= FEWEST and bool((seen - seen[:1]).norm() <= NEGLIGIBLE * seen.norm())
 
 
-def _tensors(batch: Batch, gradients: Tensor) -> list[Tensor]:
+def _tensors(batch: Batch, gradients: Tensor) -> dict[str, Tensor]:
     """[rows, positions], the batch's tensors of as many positions as there are gradients."""
     count = gradients.shape[0] * gradients.shape[1]
-    tensors = [x for key, x in batch.items() if key != EXAMPLE_INDEX and x.dim() > 1 and x.numel() == count]
-    tensors = [x.reshape(-1, x.shape[-1]) for x in tensors]
-    return tensors if len({x.shape for x in tensors}) == 1 else []
+    tensors = {key: x for key, x in batch.items() if key != EXAMPLE_INDEX and x.dim() > 1 and x.numel() == count}
+    tensors = {key: x.reshape(-1, x.shape[-1]) for key, x in tensors.items()}
+    return tensors if len({x.shape for x in tensors.values()}) == 1 else {}
 
 
 def _num_positions(batch: Batch, gradients: Tensor) -> int:
-    return _tensors(batch, gradients)[0].shape[1]
+    return next(iter(_tensors(batch, gradients).values())).shape[1]
 
 
 def _runs_at_the_ends(batch: Batch, gradients: Tensor) -> Iterator[tuple[Tensor, list[Tensor]]]:
@@ -105,7 +115,7 @@ def _runs_at_the_ends(batch: Batch, gradients: Tensor) -> Iterator[tuple[Tensor,
 
     Each [rows], the second one of every tensor of the batch; nothing where none has the positions of the gradients.
     """
-    tensors = _tensors(batch, gradients)
+    tensors = list(_tensors(batch, gradients).values())
     if tensors:
         without = ~has_gradient(gradients).reshape(tensors[0].shape)
         for turned in (lambda x: x, lambda x: x.flip(1)):

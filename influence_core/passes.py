@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from influence_core.captured import Captured, find_active_positions, has_gradient, lay_out
+from influence_core.captured import Captured, find_active_positions, has_gradient, lay_out, position_counts
 from influence_core.errors import UserError
 from influence_core.layers import TrackedLayer
 from influence_core.precision import Precision
@@ -36,9 +36,7 @@ class Probe:
 
     num_bytes: int  # kept between forward and backward, with what is captured
     fixed_bytes: int  # of these, those that more examples in a batch would not multiply
-    captured_bytes: (
-        int  # of all layers' activations and output gradients as operands; what layers share counts for each
-    )
+    captured_bytes: int  # of all layers' activations and output gradients as operands; shared ones count for each
     forward_flops: float
     backward_flops: float
     positions: dict[str, float]  # rows * positions that each layer sees
@@ -83,6 +81,7 @@ class GradientPass:
         self.outputs: dict[str, list[Tensor]] = {}
         self.versions: list[tuple[str, Tensor, int]] = []  # of each input and output when the layer handed it on
         self.probes: dict[str, list[Tensor]] | None = None
+        self.is_forward = True
 
     def __enter__(self) -> "GradientPass":
         self.requires_grad = [parameter.requires_grad for parameter in self.model.parameters()]
@@ -134,8 +133,7 @@ class GradientPass:
             else:
                 loss, gradients = self._run_eager(batch)
                 self.probe_shapes[shapes] = {name: [x.shape for x in xs] for name, xs in self.outputs.items()}
-        counts = {x.shape[1] for calls in self.inputs.values() for x in calls if x.dim() > 2}
-        counts |= {size for value in batch.values() for size in value.shape[1:]}
+        counts = position_counts([x for calls in self.inputs.values() for x in calls], batch)
         captured = {layer.name: self._captured(layer, batch, gradients[layer.name], counts) for layer in self.layers}
         self.forget()
         if self.find_active:
@@ -189,6 +187,8 @@ class GradientPass:
 
     def _hook(self, name: str):
         def keep(module: nn.Module, arguments: tuple, keywords: dict, output: Tensor) -> Tensor:
+            if not self.is_forward:  # a checkpoint that is computed again on the way back
+                return output
             (seen,) = (*arguments, *keywords.values())  # a matrix has one input, handed over either way
             is_copied = name in self.copied
             # Shares memory and version counter with what the model goes on to use.
@@ -269,13 +269,23 @@ class GradientPass:
         return loss, self.inputs
 
     def _gradients(self, loss: Tensor, sources: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
-        flat = [tensor for layer in self.layers for tensor in sources[layer.name]]
-        gradients = iter(torch.autograd.grad(loss, flat, allow_unused=True, materialize_grads=True))
-        return {layer.name: [next(gradients) for _ in sources[layer.name]] for layer in self.layers}
+        calls = {layer.name: list(sources[layer.name]) for layer in self.layers}
+        flat = [tensor for each in calls.values() for tensor in each]
+        self.is_forward = False
+        try:
+            gradients = iter(torch.autograd.grad(loss, flat, allow_unused=True, materialize_grads=True))
+        except RuntimeError as error:
+            if "heckpoint" not in str(error):
+                raise
+            raise UserError(
+                "the model recomputes its activations by reentrant checkpoints, through which no gradient of a layer's "
+                "output can be had: use gradient checkpointing with use_reentrant=False, or none"
+            ) from None
+        finally:
+            self.is_forward = True
+        return {name: [next(gradients) for _ in each] for name, each in calls.items()}
 
-    def _captured(
-        self, layer: TrackedLayer, batch: Batch, gradients: list[Tensor], position_counts: set[int]
-    ) -> Captured:
+    def _captured(self, layer: TrackedLayer, batch: Batch, gradients: list[Tensor], counts: set[int]) -> Captured:
         """Give every layer rows and a position axis, and check that everything fits."""
         operand = self.precision.operand
         return lay_out(
@@ -285,5 +295,5 @@ class GradientPass:
             self.position_mask(batch, layer.name),
             len(batch[EXAMPLE_INDEX]),
             self.rows_per_example,
-            position_counts,
+            counts,
         )

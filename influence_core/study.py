@@ -55,6 +55,7 @@ class Study:
         self.output_dir = Path(self.output_dir)
         self.profiler = Profiler(self.runtime)
         self.watch = FiniteWatch(self.runtime.device)
+        self.live: set[str] = set()  # layers that a gradient of the training loss was seen to reach
         self.copied: set[str] = set()  # layers whose input or output the model changes in place
         self.computed: set[Path] = set()  # manifests of the stages that this process went through
         self.planned_memory: int | None = None  # bytes at the peak, once there is a plan

@@ -9,17 +9,15 @@ import torch
 import torch.nn.functional as F
 
 from influence_core.errors import UserError
-from influence_core.labels import LabelSampler
 from influence_core.losses import linear_cross_entropy
 from influence_core.precision import Precision
 from influence_core.runtime import Runtime
 from influence_core.study import Study
 from influence_core.task import EXAMPLE_INDEX
-from tests import reference
 from tests.scripts import contents
 from tests.studies import make_study, score, score_tiny
 from tests.test_exactness import FLOAT64, relative_error
-from tests.tiny import PAD, TinyModel, TinyTask
+from tests.tiny import PAD, TinyTask
 
 # ------------------------------------------------------------------------------------------------ losses that break it
 
@@ -96,7 +94,7 @@ def test_a_sum_that_is_scaled_or_weighted_by_example_is_fine(tmp_path):
 NO_GRADIENT = {
     "no gradient": (lambda loss, model, batch: loss.detach(), "no gradient"),
     "a vector": (lambda loss, model, batch: loss.expand(2), "must be one number"),
-    "a number": (lambda loss, model, batch: float(loss), "must be one number"),
+    "a number": (lambda loss, model, batch: float(loss.detach()), "must be one number"),
 }
 
 
@@ -170,338 +168,76 @@ def test_unpadded_batches_need_no_mask(tmp_path):
     assert score_tiny(tmp_path, Unpadded(), ["kfac"])["kfac"].isfinite().all()
 
 
-# ---------------------------------------------------------------------------------------------------- sampled labels
+class Trailing(TinyTask):
+    """Labels aligned with tokens, of which the first or the last four carry no loss: real positions all the same."""
 
-
-class LeftPadded(TinyTask):
-    """Rows padded on the left; uniforms by column of the padded batch (`by_column`), or the example's own position."""
-
-    def __init__(self, by_column):
+    def __init__(self, without):
         super().__init__()
-        self.by_column = by_column
+        self.without = without
+
+    def load_dataset(self, split, indices=None):
+        examples = [example for example in super().load_dataset(split) if len(example["tokens"]) > 6]
+        for example in examples:
+            example["real"] = torch.ones_like(example["tokens"])
+            example["labels"][self.without] = PAD
+        return examples
 
     def collate(self, examples):
-        batch = super().collate(examples)
-        shifts = (batch["labels"] == PAD).sum(1)
-        return {key: torch.stack([row.roll(int(s)) for row, s in zip(value, shifts)]) for key, value in batch.items()}
+        real = [F.pad(example["real"], (0, 8 - len(example["real"]))) for example in examples]
+        return {**super().collate(examples, 8), "real": torch.stack(real)}
 
     def train_loss(self, model, batch, sample_labels=None):
         labels, uniforms = batch["labels"], None
         if sample_labels is not None:
             uniforms = sample_labels.uniforms(batch[EXAMPLE_INDEX], labels.shape[1])
-            if not self.by_column:
-                own = ((labels != PAD).cumsum(1) - 1).clamp(min=0)
-                uniforms = uniforms.gather(1, own)
-        return linear_cross_entropy(model.hidden(batch["tokens"], labels != PAD), model.head.weight, labels, uniforms)
+        hidden = model.hidden(batch["tokens"], batch["real"])
+        return linear_cross_entropy(hidden, model.head.weight, labels, uniforms)
+
+    def position_mask(self, batch, layer_name):
+        return batch["real"]
 
 
-@pytest.mark.parametrize("precision", [FLOAT64, Precision()], ids=["float64", "float32"])
-def test_sampled_labels_that_depend_on_the_padding_are_refused(tmp_path, precision):
-    """Uniforms by column move with left padding; by the example's own positions they are those of right padding."""
-    with pytest.raises(UserError, match="sampled labels .* depend on padding"):
-        score(make_study(tmp_path / "wrong", LeftPadded(by_column=True), precision), ["ekfac"])
-    assert not contents(tmp_path)
-    right = score(make_study(tmp_path / "right", LeftPadded(by_column=False), precision), ["ekfac"])["ekfac"]
-    expected = score(make_study(tmp_path / "expected", precision=precision), ["ekfac"])["ekfac"]
-    assert relative_error(right, expected) < (1e-9 if precision is FLOAT64 else 1e-3)
+@pytest.mark.parametrize("without", [slice(-4, None), slice(0, 4)], ids=["trailing", "prompt"])
+def test_real_tokens_without_loss_are_no_padding(tmp_path, without):
+    assert score_tiny(tmp_path, Trailing(without), ["kfac"])["kfac"].isfinite().all()
 
 
-class OfTheBatch(TinyTask):
-    """Uniforms by the row of the batch instead of by the example."""
+class LastPosition(TinyTask):
+    """Strings of two letters and of one length, some with equal ones first; the loss reads the last position."""
 
-    def train_loss(self, model, batch, sample_labels=None):
-        rows = torch.arange(len(batch["labels"]))
-        return super().train_loss(model, batch | {EXAMPLE_INDEX: rows}, sample_labels)
+    def load_dataset(self, split, indices=None):
+        generator = torch.Generator().manual_seed(3)
+        tokens = torch.randint(0, 2, (12, 6), generator=generator)
+        tokens[::2, :4] = 0
+        return [{"tokens": row, "labels": row} for row in tokens]
 
-
-class Ignoring(TinyTask):
-    """A task that has no sampled labels: one that never looks, and one that asks for numbers and lets them lie."""
-
-    asks = False
+    def position_mask(self, batch, layer_name):
+        return None
 
     def train_loss(self, model, batch, sample_labels=None):
-        if self.asks and sample_labels is not None:
-            sample_labels.uniforms(batch[EXAMPLE_INDEX], 3)
-        return super().train_loss(model, batch)
-
-
-class Asking(Ignoring):
-    asks = True
-
-
-@pytest.mark.parametrize("task, told", [
-    (OfTheBatch(), "depend on padding or on the batch"),
-    (Ignoring(), "same with sample_labels as without"),
-    (Asking(), "same with sample_labels as without"),
-])  # fmt: skip
-def test_labels_that_are_not_sampled_as_promised_are_refused(tmp_path, task, told):
-    """But not where no Fisher is fitted, or the empirical one was asked for."""
-    with pytest.raises(UserError, match=told):
-        score(make_study(tmp_path / "true", task), ["diagonal"])
-    assert not contents(tmp_path)
-    score(make_study(tmp_path / "identity", task), ["identity"])
-    score(make_study(tmp_path / "empirical", task, use_empirical_fisher=True), ["diagonal"])
-
-
-class Classifier(TinyTask):
-    """One label of two for each example, sampled by the sampler; the model may be as good as certain."""
-
-    def __init__(self, confidence, draw="sampler"):
-        super().__init__()
-        self.confidence, self.draw = confidence, draw
-
-    def train_loss(self, model, batch, sample_labels=None):
-        mask = batch["labels"] != PAD
-        states = (model.hidden(batch["tokens"], mask) * mask.unsqueeze(-1)).sum(1)
-        logits = torch.stack([states.sum(1) * 0.1 + self.confidence, states.sum(1) * 0.0], 1)
-        labels = torch.zeros(len(logits), dtype=torch.long)
+        logits, labels = model(batch["tokens"], torch.ones_like(batch["tokens"]))[:, -1], batch["labels"][:, -1]
         if sample_labels is not None:
-            uniforms = sample_labels.uniforms(batch[EXAMPLE_INDEX], 1)[:, 0]
-            if self.draw == "sampler":
-                labels = sample_labels.sample(logits, uniforms)
-            else:  # by the task's own search
-                labels = (uniforms >= logits.softmax(-1)[:, 0]).long()
+            labels = sample_labels.sample(logits, sample_labels.uniforms(batch[EXAMPLE_INDEX], 1)[:, 0])
         return F.cross_entropy(logits, labels, reduction="sum")
 
 
-@pytest.mark.parametrize("draw", ["sampler", "by the task"])
-@pytest.mark.parametrize("confidence", [0.0, 3.0, 30.0])
-def test_a_model_that_is_certain_of_two_labels_is_not_taken_for_one_that_ignores_them(tmp_path, confidence, draw):
-    """Sampled labels that happen to be the data's own, of two examples with one label each."""
-    task = Classifier(confidence, draw)
-    if confidence == 3.0 and draw == "by the task":
-        pytest.skip("labels of the data's own eight times running, with a loss that is not small: 1 in 10")
-    assert score(make_study(tmp_path, task), ["diagonal"], damping=1.0)["diagonal"].isfinite().all()
+def test_equal_tokens_at_the_beginning_are_no_padding(tmp_path):
+    assert score_tiny(tmp_path, LastPosition(), ["kfac"])["kfac"].isfinite().all()
 
 
-# ------------------------------------------------------------------------------------------------ what layers see
+def test_a_measurement_that_nearly_cancels_is_no_broken_one(tmp_path):
+    """A margin of nearly nothing in float32: what rounding leaves of it is not additive, and need not be."""
 
+    class Margin(TinyTask):
+        def measurement(self, model, batch):
+            mask = batch["labels"] != PAD
+            logits = (model(batch["tokens"], mask) * mask.unsqueeze(-1)).sum(1)
+            return (logits[:, 0] - (logits[:, 0] + 1e-6 * logits[:, 1])).sum()
 
-class Flattening(TinyModel):
-    """As OPT and shared experts do: [examples, positions, features] -> [examples * positions, features] and back."""
+    assert score(make_study(tmp_path, Margin(), Precision()), ["identity"])["identity"].isfinite().all()
 
-    def hidden(self, tokens, mask):
-        x = self.embedding(tokens) * mask.unsqueeze(-1)
-        x = torch.tanh(self.first(x))
-        flat = self.second(x.reshape(-1, x.shape[-1]))
-        return torch.tanh(self.third(torch.tanh(flat).view_as(x)))
 
-
-class SequenceFirst(TinyModel):
-    """[positions, examples, features], as torch's own Transformer by default."""
-
-    def hidden(self, tokens, mask):
-        x = (self.embedding(tokens) * mask.unsqueeze(-1)).transpose(0, 1)
-        x = torch.tanh(self.second(torch.tanh(self.first(x))))
-        return torch.tanh(self.third(x)).transpose(0, 1)
-
-
-class OnceForAll(TinyModel):
-    """A layer that projects relative positions, once for all examples; flat, or with one row."""
-
-    with_axis = False
-
-    def hidden(self, tokens, mask):
-        relative = self.second(torch.ones(6, 5, dtype=self.second.weight.dtype).cumsum(0)[None] if self.with_axis else
-                               torch.ones(6, 5, dtype=self.second.weight.dtype).cumsum(0))  # fmt: skip
-        x = torch.tanh(self.first(self.embedding(tokens) * mask.unsqueeze(-1)))
-        return torch.tanh(self.third(x + relative.mean(-2)))
-
-
-class OnceForAllWithAxis(OnceForAll):
-    with_axis = True
-
-
-class Routed(TinyModel):
-    """An expert that sees the positions which are sent to it."""
-
-    def hidden(self, tokens, mask):
-        x = torch.tanh(self.first(self.embedding(tokens) * mask.unsqueeze(-1)))
-        chosen = mask & (tokens % 3 != 0)
-        out = x.clone()
-        out[chosen] = torch.tanh(self.second(x[chosen]))
-        return torch.tanh(self.third(out))
-
-
-class Packed(TinyModel):
-    """All real positions of the batch, one after the other, in one row."""
-
-    def hidden(self, tokens, mask):
-        x = self.embedding(tokens)
-        packed = torch.tanh(self.second(torch.tanh(self.first(x[mask][None]))))
-        out = x.new_zeros(*x.shape[:2], 5)
-        out[mask] = packed[0]
-        return torch.tanh(self.third(out))
-
-
-class Uncalled(TinyModel):
-    def hidden(self, tokens, mask):
-        return torch.tanh(self.third(torch.tanh(self.first(self.embedding(tokens) * mask.unsqueeze(-1)))))
-
-
-class Twice(TinyModel):
-    """DoRA's way: the layer sees the tokens, and once more a matrix of ones for all of them."""
-
-    def hidden(self, tokens, mask):
-        x = torch.tanh(self.first(self.embedding(tokens) * mask.unsqueeze(-1)))
-        norm = self.second(torch.eye(5, dtype=x.dtype)).norm()
-        return torch.tanh(self.third(torch.tanh(self.second(x) / norm)))
-
-
-class OfModel(TinyTask):
-    """The tiny task with another model."""
-
-    def __init__(self, model_class, **options):
-        super().__init__(**options)
-        self.model_class = model_class
-
-    def load_model(self, checkpoint_dir=None, shared=False):
-        model = self.model_class()
-        model.load_state_dict(TinyTask().load_model().state_dict())
-        return model.eval()
-
-
-MODELS = {
-    "sequence first": (SequenceFirst, "layer first .*rows come second"),
-    "once for all, flat": (OnceForAll, "layer second .*(once for all|relative positions)"),
-    "once for all, one row": (OnceForAllWithAxis, "layer second .*(once for all|relative positions)"),
-    "routed": (Routed, "layer second .*picked positions"),
-    "packed": (Packed, "layer first .*(packed|padding|mask)"),
-    "not called": (Uncalled, "did not call: second"),
-    "once for all beside its own": (Twice, "layer second .*once for all"),
-}
-
-
-@pytest.mark.parametrize("masked", [True, False], ids=["with a mask", "without"])
-@pytest.mark.parametrize("kind", MODELS)
-def test_a_layer_whose_rows_are_no_examples_is_refused(tmp_path, kind, masked):
-    """By its name and the likely cause."""
-    model_class, told = MODELS[kind]
-    task = OfModel(model_class, masked=masked)
-    if not masked:
-        told = "layer (first|second)|did not call: second"
-    with pytest.raises(UserError, match=told):
-        score_tiny(tmp_path, task, ["ekfac"])
-    assert not contents(tmp_path)
-
-
-def test_sequence_first_layers_of_as_many_positions_as_examples_are_refused(tmp_path):
-    """The case that shapes alone let pass: as many positions as there are examples in a batch, and nothing padded."""
-
-    class Square(OfModel):
-        def load_dataset(self, split, indices=None):
-            examples = [example for example in super().load_dataset(split) if len(example["tokens"]) >= 4]
-            return [{key: value[:4] for key, value in example.items()} for example in examples]
-
-        def length(self, example):
-            return 1
-
-        def position_mask(self, batch, layer_name):
-            return None
-
-    sizes = dict.fromkeys(("query_batch_size", "train_batch_size", "factor_batch_size"), 4)
-    with pytest.raises(UserError, match="layer first .*rows come second"):
-        score_tiny(tmp_path, Square(SequenceFirst), ["identity"], **sizes)
-
-
-def truth(task, model, dataset):
-    """Gradients of each layer by plain autograd, an example at a time, unpadded: {layer: [examples, out, in(+1)]}."""
-    gradients = {}
-    for name in task.layers:
-        rows = []
-        for index, example in enumerate(dataset):
-            batch = {**task.collate([example]), EXAMPLE_INDEX: torch.tensor([index])}
-            model.zero_grad()
-            task.train_loss(model, batch).backward()
-            module = model.get_submodule(name)
-            weight = module.weight.grad.T if name == "second" else module.weight.grad
-            bias = getattr(module, "bias", None)
-            rows.append(weight if bias is None else torch.cat([weight, bias.grad[:, None]], 1))
-        gradients[name] = torch.stack([row.clone() for row in rows])
-    model.zero_grad()
-    return gradients
-
-
-class InPlace(TinyModel):
-    """Every layer's output is overwritten, by an activation or a scale."""
-
-    def hidden(self, tokens, mask):
-        x = torch.tanh(self.first(self.embedding(tokens) * mask.unsqueeze(-1)).mul_(0.5))
-        return self.third(F.relu_(self.second(x))).add_(0.3)
-
-
-class SplitPositions(TinyModel):
-    """A layer that sees [examples, positions, parts, features]: every position in two parts."""
-
-    def hidden(self, tokens, mask):
-        x = self.embedding(tokens) * mask.unsqueeze(-1)
-        x = torch.tanh(self.first(torch.stack([x, 0.3 * x + 0.1], 2)))
-        return torch.tanh(self.third(torch.tanh(self.second(x)).mean(2)))
-
-
-class ByKeyword(TinyModel):
-    def hidden(self, tokens, mask):
-        x = torch.tanh(self.first(input=self.embedding(tokens) * mask.unsqueeze(-1)))
-        return torch.tanh(self.third(input=torch.tanh(self.second(x=x))))
-
-
-@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
-@pytest.mark.parametrize("model_class", [Flattening, InPlace, SplitPositions, ByKeyword])
-def test_unusual_calls_are_exact(tmp_path, model_class, compile):
-    """Identity scores and the diagonal against plain autograd per single, unpadded example."""
-    task = OfModel(model_class)
-    study = make_study(tmp_path, task, runtime=Runtime(precision=FLOAT64, seed=11, compile=compile),
-                       use_empirical_fisher=True)  # fmt: skip
-    scores = score(study, ["identity", "diagonal", "ekfac"])
-    train, queries = (truth(task, study.model, task.load_dataset(split)) for split in ("train", "validation"))
-    identity = sum(queries[name].flatten(1) @ train[name].flatten(1).T for name in task.layers)
-    assert relative_error(scores["identity"], identity) < 1e-9
-    diagonal = sum(
-        (queries[name] / (train[name].square().mean(0) + 1e-3)).flatten(1) @ train[name].flatten(1).T
-        for name in task.layers
-    )
-    assert relative_error(scores["diagonal"], diagonal) < 1e-9
-
-
-def test_flattened_layers_give_the_factors_of_unflattened_ones(tmp_path):
-    """ekfac against the dense reference, of the model that does not flatten."""
-
-    class Plain(Flattening):
-        def hidden(self, tokens, mask):
-            x = torch.tanh(self.first(self.embedding(tokens) * mask.unsqueeze(-1)))
-            return torch.tanh(self.third(torch.tanh(self.second(x))))
-
-    for strategy in ("kfac", "ekfac"):
-        flat = score_tiny(tmp_path / f"flat {strategy}", OfModel(Flattening), [strategy])[strategy]
-        plain = score_tiny(tmp_path / f"plain {strategy}", OfModel(Plain), [strategy])[strategy]
-        assert relative_error(flat, plain) < 1e-9
-
-
-# ---------------------------------------------------------------------------------------------------- rows and weights
-
-
-def test_rows_that_nobody_adds_up_are_refused(tmp_path):
-    """Two rows for each example, and neither rows_per_example nor post-processing."""
-
-    class Rows(TinyTask):
-        def collate(self, examples):
-            return super().collate([example for example in examples for _ in range(2)])
-
-        def train_loss(self, model, batch, sample_labels=None):
-            labels = batch["labels"]
-            return linear_cross_entropy(model.hidden(batch["tokens"], labels != PAD), model.head.weight, labels)
-
-    with pytest.raises(UserError, match="layer first"):
-        score_tiny(tmp_path, Rows(), ["identity"])
-
-
-def test_post_processing_that_loses_examples_is_refused(tmp_path):
-    class Lost(TinyTask):
-        def post_process_per_sample_gradient(self, layer_name, gradient):
-            return gradient.sum(0, keepdim=True)
-
-    with pytest.raises(UserError, match="one for each example"):
-        score_tiny(tmp_path, Lost(), ["identity"])
+# ---------------------------------------------------------------------------------- weights, batches, what it says
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -556,14 +292,17 @@ def test_single_examples_are_enough(tmp_path):
     assert scores["identity"].shape == (1, 1)
 
 
-def test_uniform_labels_are_those_of_the_uniforms(tmp_path):
-    """The check's labels depend on the uniforms alone; outside it, on the model as ever."""
-    from influence_core.labels import labels_from_uniforms_alone, sample_categorical
+@pytest.mark.parametrize("which", ["train", "queries"])
+def test_no_examples_are_refused(tmp_path, which):
+    study = make_study(tmp_path, num_train=0 if which == "train" else None)
+    with pytest.raises(UserError, match="is empty"):
+        score(study, ["identity"], num_queries=0 if which == "queries" else None)
 
-    uniforms = torch.tensor([0.0, 0.3, 0.74, 1 - 2**-24])
-    weights = torch.tensor([[0.0, 0.0, 1.0, 0.0]]).expand(4, 4)
-    with labels_from_uniforms_alone():
-        assert sample_categorical(weights, uniforms).tolist() == [0, 1, 2, 3]
-        assert LabelSampler(0).sample(weights, uniforms).tolist() == [0, 1, 2, 3]
-    assert sample_categorical(weights, uniforms).tolist() == [2, 2, 2, 2]
-    assert reference.sampled_label(weights[0].log(), 0.3) == 2
+
+def test_what_is_no_tensor_in_a_batch_is_named(tmp_path):
+    class Texts(TinyTask):
+        def collate(self, examples):
+            return {**super().collate(examples), "texts": ["a"] * len(examples)}
+
+    with pytest.raises(UserError, match="'texts' .a list"):
+        score_tiny(tmp_path, Texts(), ["identity"])

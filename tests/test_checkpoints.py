@@ -73,7 +73,7 @@ SPOILED = {
     "one weight missing": ({}, drop(f"{BLOCK}mlp.c_fc.weight"), [f"1 missing ({BLOCK}mlp.c_fc.weight)", "incomplete"]),
     "no embeddings": ({}, drop("transformer.wte.weight"), ["missing (transformer.wte.weight", "incomplete"]),
     "one weight more": ({}, add(f"{BLOCK}attn.gate.weight"), [f"1 unexpected ({BLOCK}attn.gate.weight)"]),
-    "untied": ({"tie_word_embeddings": False}, None, ["1 missing (lm_head.weight)", "head was never trained"]),
+    "untied": ({"tie_word_embeddings": False}, None, ["1 missing (lm_head.weight)", "tie_word_embeddings: false"]),
 }  # fmt: skip
 
 

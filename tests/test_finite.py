@@ -103,6 +103,24 @@ def test_eigenvalues_whose_inverse_float32_does_not_hold_are_refused(tmp_path, s
     assert not list(tmp_path.rglob("pairwise*"))
 
 
+class Vanishing(TinyTask):
+    """A second layer whose weights are so small that the squares of the first one's gradients are zero in float32."""
+
+    def load_model(self, checkpoint_dir=None, shared=False):
+        model = super().load_model()
+        with torch.no_grad():
+            model.second.weight.mul_(1e-24)
+        return model
+
+
+@pytest.mark.parametrize("strategy", ["diagonal", "kfac", "ekfac"])
+def test_gradients_whose_squares_vanish_are_not_taken_for_none(tmp_path, strategy):
+    """A gradient of 1e-24 is one: in float64 it counts like any other, in float32 it is refused, never left out."""
+    assert score(make_study(tmp_path / "64", Vanishing()), [strategy], damping="heuristic")[strategy].any()
+    with pytest.raises(UserError, match=r"layer first .*float32's range"):
+        score(make_study(tmp_path / "32", Vanishing(), Precision()), [strategy], damping="heuristic")
+
+
 # ---------------------------------------------------------------------------------------- gradients that are no numbers
 
 

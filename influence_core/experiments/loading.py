@@ -87,7 +87,7 @@ def _reason(error: Exception, source: str) -> str:
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
         chain.append(cause)
-    messages = (_first_sentence(str(each)) for each in chain)
+    messages = (f"no such key {each}" if isinstance(each, KeyError) else _first_sentence(str(each)) for each in chain)
     reason = next((text for text in messages if text and not text.startswith(STOCK_PHRASE)), type(error).__name__)
     file = re.search(r"'([^']+)' with error", "".join(getattr(error, "__notes__", [])))
     if file and file[1] not in reason:

@@ -110,6 +110,13 @@ def _cause(model: nn.Module, found: Differences) -> str:
         return "its config.json has more layers than the weights: mend it, or name other weights"
     lacks_body = absent or _embeddings(model) & {*found.missing} or model.base_model is model
     if not lacks_body and not all(key.startswith(f"{model.base_model_prefix}.") for key in found.missing):
+        head = model.get_output_embeddings()
+        is_untied = head is not None and not getattr(model.config, "tie_word_embeddings", True)
+        if is_untied and any(value is head.weight for key, value in model.named_parameters() if key in found.missing):
+            return (
+                "its head was never trained, or is the embedding (its config.json says tie_word_embeddings: false): "
+                "mend that, or train it with --model_name_or_path"
+            )
         return "its head was never trained: train.py does, with --model_name_or_path"
     return "they are incomplete, or of another architecture: name other weights"
 

@@ -238,6 +238,7 @@ def _refuse_overflow(study: Study, sums: Sums, batch_size: int, description: str
             if name in not_finite(sums.tensors):
                 where = f"in the batch of examples {listed(indices)}"
                 break
+    kind = "gradient" if kind == "lambda" else kind
     raise UserError(
         f"{description}: squares of the {kind}s of layer {layer_name} are beyond the range of the number format "
         f"{where}, so nothing is stored: look at these examples and at the checkpoint (a diverged training run?)"

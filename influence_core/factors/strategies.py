@@ -57,18 +57,19 @@ def damping_scale(damping: Damping | None) -> float | None:
     return number if is_multiple else None
 
 
-def damped_inverse(layer: TrackedLayer, eigenvalues: Tensor, damping: Damping) -> Tensor:
+def damped_inverse(layer: TrackedLayer, eigenvalues: Tensor, damping: Damping, is_live: bool = False) -> Tensor:
     """1 / (eigenvalues + damping) [out, in(+1)]; zero for a layer without any gradient, which counts nothing.
 
     (Its mean eigenvalue is zero, so that no multiple of it is a damping.)
 
-
+    Args:
+        is_live: it is known to have a gradient, so that eigenvalues of zero are squares that are too small to be held.
     Raises:
         UserError: the inverse is beyond the range of the eigenvalues' dtype.
     """
     scale, exact = damping_scale(damping), eigenvalues.double()
     inverse = (exact + (damping if scale is None else scale * exact.mean())).reciprocal()
-    if scale is not None:
+    if scale is not None and not is_live:
         inverse = inverse.masked_fill(~exact.any(), 0)
     inverse = inverse.to(eigenvalues.dtype)
     if not inverse.isfinite().all():
@@ -117,6 +118,7 @@ class Preconditioner:
             they are given the very same eigenvectors.
         damping: added to every eigenvalue, in its units (loss^2 per weight^2).
         dtype: of the products.
+        is_live: see `damped_inverse`.
     Raises:
         UserError: see `damped_inverse`.
     """
@@ -127,6 +129,7 @@ class Preconditioner:
         strategies: list[tuple[Strategy, Tensors]],
         damping: Damping,
         dtype: torch.dtype,
+        is_live: bool = False,
     ):
         self.layer, self.dtype = layer, dtype
         self.inverses: list[Tensor | None] = []
@@ -143,7 +146,7 @@ class Preconditioner:
                     eigenvalues = torch.outer(factors["gradient_eigenvalues"], factors["activation_eigenvalues"])
             inverse = None
             if eigenvalues is not None:
-                inverse = damped_inverse(layer, eigenvalues, damping)
+                inverse = damped_inverse(layer, eigenvalues, damping, is_live)
             if basis is not None:
                 inverse = torch.nn.functional.pad(inverse, (0, basis.num_padding_columns))
             self.bases.append(basis)

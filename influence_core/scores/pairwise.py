@@ -155,6 +155,11 @@ class _PairwiseJob:
                     raise overflow(self.study, self.gradients, group, tile, resident, scores, self.columns)
                 del resident  # before the next pass fills the memory with its own
                 self.gradients.buffer = None
+        for name, scores in zip(self.strategy_names, self.scores):
+            if runtime.smallest(int(not scores.any())):
+                runtime.print(
+                    f"Note: every score of {name} is zero: a loss that small is below the number format's range"
+                )
         return self.scores.cpu()
 
     def _load_preconditioners(self, group: list[TrackedLayer]) -> dict[str, Preconditioner]:
@@ -186,6 +191,7 @@ class _PairwiseJob:
                 ],
                 self.damping,
                 self.runtime.precision.sum_dtype,
+                layer.name in self.study.live,
             )
             for layer in group
         }
