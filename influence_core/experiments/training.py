@@ -1,5 +1,6 @@
 """train.py of every example: AdamW at a fixed rate, on whatever accelerate finds, one process or many."""
 
+import gc
 import json
 import math
 import os
@@ -64,10 +65,11 @@ def _train(task_class: type[ExampleTask], arguments) -> None:
     recipe = Recipe.from_arguments(arguments)
     with tqdm(total=recipe.num_steps(num_train, accelerator.num_processes), desc="Train", unit="step",
               disable=not accelerator.is_main_process) as bar:  # fmt: skip
-        model = fit(task, model, splits["train"], recipe, arguments.seed, accelerator, bar)
-    _require_finite(task, accelerator.unwrap_model(model), splits["train"][: recipe.train_batch_size], accelerator)
+        model = accelerator.unwrap_model(fit(task, model, splits["train"], recipe, arguments.seed, accelerator, bar))
+    _let_go_of_wrappers(accelerator)
+    _require_finite(task, model, splits["train"][: recipe.train_batch_size], accelerator)
     if accelerator.is_main_process:  # before the evaluation, that may fail: it can be done again, without training
-        _save(checkpoint_dir, accelerator.unwrap_model(model), task.tokenizer, record)
+        _save(checkpoint_dir, model, task.tokenizer, record)
         print(f"Checkpoint: {checkpoint_dir}", flush=True)
     accelerator.wait_for_everyone()
     for split, dataset in splits.items():
@@ -81,6 +83,16 @@ def _train(task_class: type[ExampleTask], arguments) -> None:
             )
         accelerator.print(f"{split:<10} " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
     accelerator.end_training()
+
+
+def _let_go_of_wrappers(accelerator: Accelerator) -> None:
+    """So that DistributedDataParallel is not the last to hold the process group: processes would hang at their end.
+
+    It frees the group while it holds the interpreter, for which the group's threads wait with their last tensor;
+    torch.distributed itself lets go of the interpreter first.
+    """
+    accelerator.free_memory()
+    gc.collect()  # after the lists that free_memory empties last
 
 
 @torch.no_grad()
