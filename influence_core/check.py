@@ -23,7 +23,7 @@ from influence_core.task import Batch
 
 LOOKED_AT = 64  # examples whose sizes are compared where a task has no lengths
 NUM_SEEDS = (
-    3  # of sampled labels, before a difference is believed: rounding may turn a label of the task's own sampling
+    3  # of sampled labels, before a difference is believed: rounding may turn a label that a task samples itself
 )
 MANY_SEEDS = 8  # before labels that are always the data's own are believed not to be sampled
 CERTAIN = 0.01  # nats: a loss so small says that a model would nearly always sample the data's own labels

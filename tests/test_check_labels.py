@@ -13,7 +13,7 @@ from tests import reference
 from tests.scripts import contents
 from tests.studies import make_study, score, score_tiny
 from tests.test_exactness import FLOAT64, relative_error
-from tests.tiny import PAD, TinyModel, TinyTask
+from tests.tiny import PAD, OfModel, TinyModel, TinyTask
 
 
 class LeftPadded(TinyTask):
@@ -161,11 +161,8 @@ class DeadEnd(TinyModel):
 def test_labels_that_are_ignored_are_found_whatever_the_last_layer(tmp_path):
     """One that no gradient reaches says nothing of the labels."""
 
-    class DeadEnded(Ignoring):
-        def load_model(self, checkpoint_dir=None, shared=False):
-            model = DeadEnd()
-            model.load_state_dict(TinyTask().load_model().state_dict())
-            return model.eval()
+    class DeadEnded(Ignoring, OfModel):
+        pass
 
     with pytest.raises(UserError, match="same with sample_labels"):
-        score(make_study(tmp_path, DeadEnded()), ["diagonal"])
+        score(make_study(tmp_path, DeadEnded(DeadEnd)), ["diagonal"])

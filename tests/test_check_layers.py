@@ -11,7 +11,7 @@ from influence_core.task import EXAMPLE_INDEX
 from tests.scripts import contents
 from tests.studies import make_study, score, score_tiny
 from tests.test_exactness import FLOAT64, relative_error
-from tests.tiny import PAD, TinyModel, TinyTask
+from tests.tiny import PAD, OfModel, TinyModel, TinyTask
 
 
 class Flattening(TinyModel):
@@ -83,19 +83,6 @@ class Twice(TinyModel):
         x = torch.tanh(self.first(self.embedding(tokens) * mask.unsqueeze(-1)))
         norm = self.second(torch.eye(5, dtype=x.dtype)).norm()
         return torch.tanh(self.third(torch.tanh(self.second(x) / norm)))
-
-
-class OfModel(TinyTask):
-    """The tiny task with another model."""
-
-    def __init__(self, model_class, **options):
-        super().__init__(**options)
-        self.model_class = model_class
-
-    def load_model(self, checkpoint_dir=None, shared=False):
-        model = self.model_class()
-        model.load_state_dict(TinyTask().load_model().state_dict())
-        return model.eval()
 
 
 MODELS = {

@@ -11,7 +11,7 @@ from influence_core.precision import Precision
 from tests.scripts import contents
 from tests.studies import STRATEGIES, make_study, score
 from tests.test_exactness import FLOAT64, relative_error
-from tests.tiny import PAD, TinyModel, TinyTask
+from tests.tiny import PAD, OfModel, TinyModel, TinyTask
 
 PRECISIONS = pytest.mark.parametrize("precision", [FLOAT64, Precision()], ids=["float64", "float32"])
 
@@ -221,14 +221,8 @@ def test_an_input_that_is_no_number_is_refused(tmp_path):
             self.second(torch.where(tokens[..., None] == 3, float("nan"), 0.0).expand(*tokens.shape, 5).to(x.dtype))
             return torch.tanh(self.third(torch.tanh(self.first(x))))
 
-    class HiddenTask(TinyTask):
-        def load_model(self, checkpoint_dir=None, shared=False):
-            model = Hidden()
-            model.load_state_dict(TinyTask().load_model().state_dict())
-            return model.eval()
-
     with pytest.raises(UserError, match="the input of layer second is NaN"):
-        score(make_study(tmp_path, HiddenTask(), Precision()), ["ekfac"])
+        score(make_study(tmp_path, OfModel(Hidden), Precision()), ["ekfac"])
     assert not contents(tmp_path)
 
 

@@ -102,3 +102,16 @@ class PaddedTinyTask(TinyTask):
 
     def collate(self, examples):
         return super().collate(examples, longest=12)
+
+
+class OfModel(TinyTask):
+    """The tiny task with another model."""
+
+    def __init__(self, model_class, **options):
+        super().__init__(**options)
+        self.model_class = model_class
+
+    def load_model(self, checkpoint_dir=None, shared=False):
+        model = self.model_class()
+        model.load_state_dict(TinyTask().load_model().state_dict())
+        return model.eval()
