@@ -10,7 +10,7 @@ from torch import Tensor
 
 from influence_core.batches import make_batch
 from influence_core.captured import Captured
-from influence_core.errors import UserError
+from influence_core.errors import UserError, first_line
 from influence_core.finite import FiniteWatch
 from influence_core.layers import TrackedLayer
 from influence_core.padding import refuse_counted_padding
@@ -95,9 +95,12 @@ class Comparison:
             batch = make_batch(study.task, self.dataset, indices, study.runtime)
             with study.gradient_pass(loss, precision=self.precision) as run:
                 value, captured = run(batch)
-        except RuntimeError as error:
+        except UserError:
+            raise
+        except Exception as error:
             if not is_out_of_memory(error):
-                raise
+                which = " and ".join(map(str, indices))
+                raise UserError(f"the {self.what} of {which} can't be computed: {first_line(error)}") from error
             study.runtime.release_cached_memory()
             if len(indices) == 1:
                 raise UserError(

@@ -6,3 +6,8 @@ class UserError(Exception):
 
     The scripts print it as `error: <message>` and leave with exit code 2, without a traceback.
     """
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, in one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

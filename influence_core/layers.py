@@ -91,8 +91,9 @@ class TrackedLayer:
 
 
 def trackable_layer_names(model: nn.Module) -> list[str]:
-    """Every layer of a kind that can be tracked."""
-    return [name for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)]
+    """Every layer that `find_tracked_layers` accepts: of a kind that can be tracked, with parameters all its own."""
+    modules, owners = dict(model.named_modules()), _owners(model)
+    return [name for name, module in modules.items() if _is_trackable(module) and not _shares(module, owners)]
 
 
 def find_tracked_layers(model: nn.Module, names: Sequence[str]) -> list[TrackedLayer]:
@@ -112,10 +113,7 @@ def find_tracked_layers(model: nn.Module, names: Sequence[str]) -> list[TrackedL
             f"no tracked layer found{f' for {missing}' if missing else ''}: the layers of this model that can be "
             f"tracked are: {shown or 'none (no nn.Linear or Conv1D)'}"
         )
-    owners: dict[int, set[int]] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), set()).add(id(module))
+    owners = _owners(model)
     layers, seen = [], {}
     for name in names:
         module = modules[name]
@@ -123,7 +121,7 @@ def find_tracked_layers(model: nn.Module, names: Sequence[str]) -> list[TrackedL
             raise UserError(f"layers {seen[id(module)]} and {name} are the same module: track it once")
         seen[id(module)] = name
         layers.append(_tracked_layer(name, module))
-        if any(len(owners[id(parameter)]) > 1 for parameter in module.parameters(recurse=False)):
+        if _shares(module, owners):
             raise UserError(
                 f"layer {name} shares its weight with another module (tied weights): its own gradient would be only "
                 "a part of the parameter's; leave it out of the tracked layers"
@@ -131,40 +129,27 @@ def find_tracked_layers(model: nn.Module, names: Sequence[str]) -> list[TrackedL
     return layers
 
 
-def describe_coverage(model: nn.Module, layers: Sequence[TrackedLayer]) -> str:
-    """Which share of the model's parameters is tracked, and what is left out, as a person reads it."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    of_head = set(map(id, head.parameters())) if head is not None else set()
-    seen = {id(parameter) for layer in layers for parameter in layer.module.parameters(recurse=False)}
-    left_out: dict[str, int] = {}
+def _owners(model: nn.Module) -> dict[int, set[int]]:
+    """{id of a parameter: ids of the modules that have it}"""
+    owners: dict[int, set[int]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            if id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            kind = _kind(module)
-            if id(parameter) in of_head:
-                kind = "head" if module is head else f"{kind} tied to the head"
-            left_out[kind] = left_out.get(kind, 0) + parameter.numel()
-    tracked = sum(layer.num_parameters for layer in layers)
-    whole = tracked + sum(left_out.values())
-    shares = [f"{kind} {count / whole:.1%}" for kind, count in sorted(left_out.items(), key=lambda item: -item[1])]
-    return (
-        f"{len(layers)} layers, {tracked:,} parameters, {tracked / whole:.1%} of the model's {whole:,}; left out: "
-        + (", ".join(shares) or "none")
-    )
+            owners.setdefault(id(parameter), set()).add(id(module))
+    return owners
 
 
-def _kind(module: nn.Module) -> str:
-    """What a person calls the parameters of such a module."""
-    if isinstance(module, nn.Embedding):
-        return "embeddings"
-    if "norm" in type(module).__name__.lower():
-        return "norms"
-    return "other linear layers" if type(module) in (nn.Linear, Conv1D) else type(module).__name__
+def _shares(module: nn.Module, owners: dict[int, set[int]]) -> bool:
+    return any(len(owners[id(parameter)]) > 1 for parameter in module.parameters(recurse=False))
+
+
+def _is_trackable(module: nn.Module) -> bool:
+    """Of a kind that can be tracked; not where the weight is made of other parameters at each call (weight_norm)."""
+    return type(module) in (nn.Linear, Conv1D) and isinstance(module._parameters.get("weight"), nn.Parameter)
 
 
 def _tracked_layer(name: str, module: nn.Module) -> TrackedLayer:
+    if type(module) in (nn.Linear, Conv1D) and not _is_trackable(module):
+        raise UserError(f"layer {name} makes its weight of other parameters (as weight_norm does): it can't be tracked")
     if type(module) is nn.Linear:
         return TrackedLayer(name, module, module.in_features, module.out_features, module.bias is not None)
     if type(module) is Conv1D:

@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear head, without ever holding the logits of a whole batch.
+"""Cross-entropy, summed: of logits, or of a linear head without ever holding the logits of a whole batch.
 
 A language model's head makes [positions, vocabulary] logits, for GPT-2 sixty times the size of its input. Here they
 exist only for one chunk of positions at a time: logits, label sampling, loss and the gradients are done while the chunk
@@ -110,3 +110,18 @@ def linear_cross_entropy(
     if uniforms is not None:
         return _LinearCrossEntropy.apply(hidden, weight, None, uniforms[carries_loss], precision)
     return _LinearCrossEntropy.apply(hidden, weight, labels[carries_loss], None, precision)
+
+
+@torch.compiler.disable
+def cross_entropy(logits: Tensor, labels: Tensor, uniforms: Tensor | None = None, ignore_index: int = -100) -> Tensor:
+    """Summed cross-entropy of softmax(logits), as `linear_cross_entropy`, in float32 at least.
+
+    Args:
+        logits: [..., categories].
+    """
+    carries_loss = labels != ignore_index
+    logits, labels = logits[carries_loss], labels[carries_loss]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if uniforms is not None:
+        labels = sample_categorical(logits.detach().softmax(-1), uniforms[carries_loss])
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="sum")

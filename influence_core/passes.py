@@ -18,10 +18,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from influence_core.captured import Captured, find_active_positions, has_gradient, lay_out, position_counts
 from influence_core.errors import UserError
+from influence_core.flops import FlopCount
 from influence_core.layers import TrackedLayer
 from influence_core.precision import Precision
 from influence_core.task import EXAMPLE_INDEX, Batch
@@ -152,10 +152,10 @@ class GradientPass:
                 storages[storage.data_ptr()] = storage
             return tensor
 
-        with FlopCounterMode(display=False) as counter, torch.enable_grad():
+        with FlopCount() as counter, torch.enable_grad():
             with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
                 loss = self._forward(batch)
-            forward_flops = counter.get_total_flops()
+            forward_flops = counter.total
             kept = [x for calls in (*self.inputs.values(), *self.outputs.values()) for x in calls]
             gradients = self._gradients(loss, self.outputs)
         for tensor in [*kept, *(x for calls in gradients.values() for x in calls)]:
@@ -166,7 +166,7 @@ class GradientPass:
         active = {name: sum(float(has_gradient(x).sum()) for x in calls) for name, calls in gradients.items()}
         numbers = sum(positions[layer.name] * (layer.in_features + layer.out_features) for layer in self.layers)
         captured_bytes = numbers * self.precision.product_dtype.itemsize
-        backward_flops = counter.get_total_flops() - forward_flops
+        backward_flops = counter.total - forward_flops
         return Probe(num_bytes, 0, captured_bytes, forward_flops, backward_flops, positions, active)
 
     def forget(self) -> None:

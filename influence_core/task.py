@@ -8,6 +8,50 @@ Symbols (Grosse et al. 2023, arXiv:2308.03296; TRAK, arXiv:2303.14186):
 
 Everything that the engine sums is additive over examples, and an example's part does not depend on what shares its
 batch. check.py proves that on two examples before any work, and refuses what breaks it.
+
+A model and a loss of one's own need nothing else. Say texts are judged by a BERT, rows padded on the right:
+
+    from torch.nn.functional import cross_entropy
+    from torch.nn.utils.rnn import pad_sequence
+
+    from influence_core.layers import trackable_layer_names
+    from influence_core.task import EXAMPLE_INDEX, InfluenceTask
+
+
+    class Judgement(InfluenceTask):
+        # An example is {"input_ids": [positions], "label": int}.
+        def collate(self, examples):
+            texts = [example["input_ids"] for example in examples]
+            return {
+                "input_ids": pad_sequence(texts, batch_first=True),
+                "attention_mask": pad_sequence([torch.ones_like(text) for text in texts], batch_first=True),
+                "labels": torch.tensor([example["label"] for example in examples]),
+            }
+
+        def length(self, example):  # so that examples of like length share a batch
+            return len(example["input_ids"])
+
+        def logits(self, model, batch):
+            return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+
+        def train_loss(self, model, batch, sample_labels=None):
+            logits, labels = self.logits(model, batch), batch["labels"]
+            if sample_labels is not None:  # one uniform for each example's one label
+                labels = sample_labels.sample(logits, sample_labels.uniforms(batch[EXAMPLE_INDEX], 1)[:, 0])
+            return cross_entropy(logits, labels, reduction="sum")
+
+        def measurement(self, model, batch):
+            return self.train_loss(model, batch)
+
+        def tracked_layer_names(self, model):
+            return trackable_layer_names(model)
+
+        def position_mask(self, batch, layer_name):  # pooler and classifier see one position a row
+            return batch["attention_mask"] if ".layer." in layer_name else None
+
+    scores = analyze(Study(Judgement(), model, train_dataset, output_dir), ["ekfac"], query_dataset)["ekfac"]
+
+A Hugging Face model of a usual kind says most of this itself: see influence_core/tasks.
 """
 
 from abc import ABC, abstractmethod
@@ -32,14 +76,6 @@ class InfluenceTask(ABC):
     The engine then lays the rows of an example end to end along the position axis, so that the contraction over
     positions adds them up: the same sum as post_process_per_sample_gradient could make, without a gradient of each row.
     """
-
-    @abstractmethod
-    def load_model(self, checkpoint_dir: str | None) -> nn.Module:
-        """The model in float32; from the checkpoint, or the initial one (to train) where it is None."""
-
-    @abstractmethod
-    def load_dataset(self, split: str, indices: Sequence[int] | None = None) -> Sequence[Any]:
-        """The examples of "train" or "validation", all of them or those at `indices`."""
 
     @abstractmethod
     def collate(self, examples: Sequence[Any]) -> Batch:
@@ -80,17 +116,10 @@ class InfluenceTask(ABC):
     def post_process_per_sample_gradient(self, layer_name: str, gradient: Tensor) -> Tensor:
         """[rows, out, in(+1)] -> [examples, out, in(+1)], for tasks where several rows make one example.
 
-        swag_roberta/task.py is the worked example. Not called where `rows_per_example` says the same more cheaply.
+        influence_core/tasks/multiple_choice.py is the worked example. Not called where `rows_per_example` says the same
+        more cheaply.
         """
         return gradient
-
-    @abstractmethod
-    def describe(self, example: Any) -> str:
-        """The example as text, for a person to read."""
-
-    def topic(self, example: Any) -> str | None:
-        """A group that the example is known to belong to, if any: lets analyze.py report topic retrieval."""
-        return None
 
     @property
     def has_lengths(self) -> bool:

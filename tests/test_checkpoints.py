@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, RobertaConfig, RobertaForMaskedLM
 
-from influence_core.experiments.demo_corpus import demo_corpus, train_tokenizer
+from influence_core.tasks.demo_corpus import demo_corpus, train_tokenizer
 from swag_roberta.task import SwagTask
 from tests.scripts import ANALYZE, TRAIN, contents, refused, run, run_process
 from wikitext_gpt2.task import WikiTextTask

@@ -7,15 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from dailymail_t5.task import IGNORED, DailyMailTask
+from dailymail_t5.task import DailyMailTask
 from influence_core import analysis
 from influence_core.errors import UserError
-from influence_core.experiments.demo_corpus import DEMO_CORPUS, demo_summaries
-from influence_core.experiments.example import MEASUREMENT
-from influence_core.experiments.metrics import rouge
 from influence_core.labels import LabelSampler
 from influence_core.runtime import Runtime
 from influence_core.study import Study
+from influence_core.tasks.demo_corpus import DEMO_CORPUS, demo_summaries
+from influence_core.tasks.example import MEASUREMENT
+from influence_core.tasks.head import IGNORED
+from influence_core.tasks.metrics import rouge
 from tests import reference
 from tests.scripts import SHARED, run
 from tests.studies import STRATEGIES, score

@@ -12,8 +12,8 @@ import pytest
 
 from dailymail_t5.task import DailyMailTask
 from influence_core.errors import UserError
-from influence_core.experiments.columns import Label, Text, check_columns
-from influence_core.experiments.demo_corpus import demo_questions
+from influence_core.tasks.columns import Label, Text, check_columns
+from influence_core.tasks.demo_corpus import demo_questions
 from swag_roberta.task import SwagTask
 from tests.scripts import SHARED, contents, run, run_process
 from tests.test_dailymail import flags as dailymail_flags

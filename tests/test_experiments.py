@@ -14,11 +14,11 @@ from scipy.stats import spearmanr
 
 from influence_core.experiments.arguments import parse
 from influence_core.experiments.bank import Retraining
-from influence_core.experiments.example import MEASUREMENT
 from influence_core.experiments.figures import COLOURS
 from influence_core.experiments.retraining import Experiment, Retrainer
 from influence_core.experiments.score_sources import tfidf_scores
 from influence_core.storage import differences
+from influence_core.tasks.example import MEASUREMENT
 from tests.scripts import ANALYZE, NUM_QUERIES, NUM_TRAIN, ROOT, TRAIN, contents, run, run_process
 from wikitext_gpt2.task import WikiTextTask
 

@@ -1,12 +1,20 @@
-"""The README's 'Add your own task', tried: its code as it stands, on texts of our own, through all four scripts."""
+"""What README and docstrings say of a task of one's own, tried: the code as it stands."""
 
 import json
 import re
+import textwrap
 
 import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification
 
-from influence_core.experiments.demo_corpus import demo_questions
+from influence_core import task
+from influence_core.analysis import analyze
+from influence_core.layers import trackable_layer_names
+from influence_core.study import Study
+from influence_core.tasks.demo_corpus import demo_questions
 from tests.scripts import ROOT, run_process
+from tests.test_exactness import relative_error
 
 MODULES = {
     "analyze": "analysis",
@@ -46,6 +54,7 @@ def test_the_readme_s_task_through_all_scripts(place):
     def call(script, *flags):
         return run_process(["-m", f"my_task.{script}", *flags], place, HF_HOME=str(place / "cache")).ok()
 
+    assert len((place / "my_task" / "task.py").read_text().splitlines()) < 25
     model = ["--model_name_or_path", "data", "--config_overrides", MODEL, "--vocab_size", "400"]
     out = call("train", *model, "--dataset_name_or_path", "data", "--num_train_epochs", "1")
     assert "80 training and 8 validation examples" in out and "accuracy" in out
@@ -55,4 +64,26 @@ def test_the_readme_s_task_through_all_scripts(place):
     out = call("evaluate_lds", "--num_masks", "4", "--num_repeats", "2", "--scores", "ekfac", "identity")
     assert "ekfac - identity" in out and (place / "figure" / "lds.png").exists()
     out = call("run_counterfactual", "--removal_sizes", "0", "10", "--num_repeats", "1")
-    assert "Accuracy" in out and "Loss" in out and (place / "figure" / "counterfactual.png").exists()
+    assert "Query accuracy" in out and "Mean measurement" in out and (place / "figure" / "counterfactual.png").exists()
+
+
+def test_the_contract_s_own_example(tmp_path):
+    """The docstring of influence_core/task.py, on a tiny BERT, against plain autograd."""
+    code = textwrap.dedent(task.__doc__.split("padded on the right:\n")[1].split("\nA Hugging Face model")[0])
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+    model = BertForSequenceClassification(BertConfig(vocab_size=30, **sizes)).eval()
+    texts = [torch.randint(1, 30, (length,)) for length in (5, 9, 3, 7, 6)]
+    examples = [{"input_ids": text, "label": number % 2} for number, text in enumerate(texts)]
+    given = {"model": model, "train_dataset": examples, "query_dataset": examples[:2], "output_dir": tmp_path}
+    names = {"__name__": "docstring", "torch": torch, "analyze": analyze, "Study": Study, **given}
+    exec(code.replace("ekfac", "identity"), names)
+
+    def gradient(example):
+        logits = model(input_ids=example["input_ids"][None]).logits
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor([example["label"]]))
+        tracked = [p for name in trackable_layer_names(model) for p in model.get_submodule(name).parameters()]
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, tracked)])
+
+    gradients = torch.stack([gradient(example) for example in examples])
+    assert relative_error(names["scores"], gradients[:2] @ gradients.T) < 1e-5

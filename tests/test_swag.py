@@ -10,13 +10,14 @@ from transformers import AutoModelForMultipleChoice, RobertaConfig
 
 from influence_core import analysis
 from influence_core.errors import UserError
-from influence_core.experiments.demo_corpus import demo_corpus, demo_questions
-from influence_core.experiments.example import MEASUREMENT
-from influence_core.experiments.metrics import accuracy
 from influence_core.fingerprints import dataset_fingerprint
 from influence_core.runtime import Runtime
 from influence_core.study import Study
-from swag_roberta.task import ENDINGS, SwagTask, negative_margin
+from influence_core.tasks.classification import negative_margin
+from influence_core.tasks.demo_corpus import demo_corpus, demo_questions
+from influence_core.tasks.example import MEASUREMENT
+from influence_core.tasks.metrics import accuracy
+from swag_roberta.task import ENDINGS, SwagTask
 from tests.scripts import SHARED, run
 from tests.studies import STRATEGIES, score
 from tests.test_exactness import FLOAT64, SEED, load, relative_error

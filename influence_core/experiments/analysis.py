@@ -11,9 +11,10 @@ from torch import Tensor
 from influence_core.analysis import analyze
 from influence_core.errors import UserError
 from influence_core.experiments.arguments import check_size, parse, run_script
-from influence_core.experiments.example import ExampleTask
 from influence_core.runtime import Runtime
 from influence_core.study import Study
+from influence_core.tasks.example import ExampleTask
+from influence_core.tasks.tracking import coverage_notes
 from influence_core.units import gigabytes
 
 TOP = 5  # sequences that the topic figure looks at
@@ -31,6 +32,7 @@ def _analyze(task_class: type[ExampleTask], arguments) -> None:
         arguments.use_ddp, arguments.use_half_precision, arguments.use_compile, arguments.seed, bool(arguments.use_tf32)
     )
     task = task_class(**arguments.task)
+    task.tracked_layers = arguments.tracked_layers
     model = task.load_model(arguments.checkpoint_dir).to(runtime.device)
     train_dataset, query_dataset = load_datasets(task, arguments)
     num_train, num_queries = len(train_dataset), len(query_dataset)
@@ -44,6 +46,8 @@ def _analyze(task_class: type[ExampleTask], arguments) -> None:
         overwrite=bool(arguments.overwrite),
         scores_suffix=arguments.scores_suffix or "",
     )
+    for note in coverage_notes(task, model, study.layers, was_asked="tracked_layers" in arguments.given):
+        runtime.print(note)
     scores = analyze(
         study,
         arguments.factor_strategy,

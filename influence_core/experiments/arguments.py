@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from influence_core.errors import UserError
-from influence_core.experiments.example import ExampleTask, is_main_process
 from influence_core.factors.strategies import HEURISTIC, HEURISTIC_SCALE, STRATEGIES, damping_scale
+from influence_core.tasks.example import ExampleTask, is_main_process
 
 TRAINING_RECORD = "training.json"  # in a checkpoint: the flags that made it
 RECIPE_FLAGS = ("train_batch_size", "learning_rate", "weight_decay", "num_train_epochs", "use_half_precision")
@@ -172,6 +172,8 @@ def _add_analyze_arguments(parser: argparse.ArgumentParser) -> None:
                         "the pass over the training set")  # fmt: skip
     parser.add_argument("--damping_factor", type=damping, help="an absolute number; or 0.5x: 0.5 x the layer's mean "
                         f"eigenvalue; or {HEURISTIC}, which is {HEURISTIC_SCALE}x")  # fmt: skip
+    parser.add_argument("--tracked_layers", metavar="REGEX", help="only layers in whose name this is found (default: "
+                        "all that can be tracked but the output head)")  # fmt: skip
     parser.add_argument("--scores_suffix", help="store the scores in scores_<strategy>_<suffix>, to keep those of "
                         "several dampings")  # fmt: skip
     parser.add_argument("--use_empirical_fisher", action="store_true", help="factors from the data's own labels")
@@ -218,6 +220,8 @@ def _add_counterfactual_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_half_precision_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--factor_strategy", nargs=1, help="whose scores to compare")
+    parser.add_argument("--tracked_layers", metavar="REGEX", help="only layers in whose name this is found (default: "
+                        "all that can be tracked but the output head)")  # fmt: skip
     parser.add_argument("--scores_suffix", help="that of the scores, if they were stored with one")
     parser.add_argument("--show_query", type=int, help="the query whose scores are drawn")
 

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from influence_core.errors import UserError
-from influence_core.experiments.example import ExampleTask
+from influence_core.tasks.example import ExampleTask
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,11 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from influence_core.errors import UserError
+from influence_core.errors import UserError, first_line
 from influence_core.experiments import figures
 from influence_core.experiments.analysis import describe_query
 from influence_core.experiments.arguments import check_size, parse, run_script
 from influence_core.experiments.bank import Retraining
-from influence_core.experiments.example import MEASUREMENT, ExampleTask, first_line
 from influence_core.experiments.lds import (
     bootstrap,
     linear_datamodeling_scores,
@@ -24,6 +23,7 @@ from influence_core.experiments.lds import (
 from influence_core.experiments.retraining import Experiment
 from influence_core.experiments.score_sources import load_all_scores
 from influence_core.storage import write_json
+from influence_core.tasks.example import MEASUREMENT, ExampleTask
 
 RESULT = "lds.json"
 

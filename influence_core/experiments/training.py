@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers.utils import CONFIG_NAME
 
-from influence_core.errors import UserError
+from influence_core.errors import UserError, first_line
 from influence_core.experiments.arguments import (
     RECIPE_FLAGS,
     TRAINING_RECORD,
@@ -25,9 +25,9 @@ from influence_core.experiments.arguments import (
     read_training_record,
     run_script,
 )
-from influence_core.experiments.example import ExampleTask, first_line, is_main_process
 from influence_core.experiments.fitting import Recipe, evaluate, fit
 from influence_core.storage import differences, require_writable, write_json
+from influence_core.tasks.example import ExampleTask, is_main_process
 
 
 def main(task_class: type[ExampleTask], description: str, argv: list[str] | None = None) -> None:

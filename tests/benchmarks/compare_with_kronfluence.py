@@ -25,8 +25,8 @@ from statistics import median
 
 import torch
 
-from influence_core.experiments.demo_corpus import DEMO_CORPUS
 from influence_core.runtime import Runtime
+from influence_core.tasks.demo_corpus import DEMO_CORPUS
 from tests.benchmarks.peer import Peer
 from tests.benchmarks.systems import (
     PAIRWISE,

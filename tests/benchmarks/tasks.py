@@ -11,7 +11,9 @@ from torch import Tensor
 
 from dailymail_t5.task import DailyMailTask
 from influence_core.labels import LabelSampler
-from swag_roberta.task import SwagTask, negative_margin
+from influence_core.tasks.classification import negative_margin
+from influence_core.tasks.head import IGNORED
+from swag_roberta.task import SwagTask
 from wikitext_gpt2.task import WikiTextTask
 
 LABELS = "sampled_labels"
@@ -144,7 +146,7 @@ class BenchmarkedWikiText(BenchmarkedTask, WikiTextTask):
         return super().load_dataset(split, indices)
 
     def labelled_loss(self, model, batch):
-        return self.next_token_loss(model, batch["input_ids"], batch[LABELS])
+        return self.scores(model, batch).loss(F.pad(batch[LABELS], (0, 1), value=IGNORED))
 
     def all_logits(self, model, batch):
         return model(batch["input_ids"], use_cache=False).logits[:, :-1]
@@ -159,10 +161,10 @@ class BenchmarkedSwag(BenchmarkedTask, SwagTask):
     peer_task = MultipleChoicePeer
 
     def labelled_loss(self, model, batch):
-        return F.cross_entropy(self._logits(model, batch), batch[LABELS], reduction="sum")
+        return F.cross_entropy(self.logits(model, batch), batch[LABELS], reduction="sum")
 
     def all_logits(self, model, batch):
-        return self._logits(model, batch)
+        return self.logits(model, batch)
 
     def for_peer(self, example):
         batch = {key: value[0] for key, value in self.collate([example]).items()}
@@ -183,7 +185,7 @@ class BenchmarkedDailyMail(BenchmarkedTask, DailyMailTask):
         return [x for x in super().tokenized(rows) if all(len(x[key]) == length for key, length in lengths.items())]
 
     def labelled_loss(self, model, batch):
-        return self.summary_loss(model, batch, batch[LABELS])
+        return self.scores(model, batch).loss(batch[LABELS])
 
     def all_logits(self, model, batch):
         return model(**{key: batch[key] for key in ("input_ids", "attention_mask", "labels")}, use_cache=False).logits

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -59,6 +59,32 @@ def load_rows(source: str, config: str | None, split: str) -> "Dataset":
             for message in logged:
                 error.add_note(message)
             raise
+
+
+class Examples(Sequence):
+    """The examples of some rows, a part of them made when one of its examples is first asked for."""
+
+    def __init__(self, rows, rows_at_once: int, make: Callable[[list[dict]], list[Any]]):
+        self.rows, self.rows_at_once, self.make = rows, rows_at_once, make
+        self.made: dict[int, list[Any]] = {}
+        self.num_parts = -(-len(rows) // rows_at_once)
+
+    def part(self, number: int) -> list[Any]:
+        if number not in self.made:
+            rows = self.rows[number * self.rows_at_once : (number + 1) * self.rows_at_once]
+            if not isinstance(rows, list):  # a Dataset gives columns
+                rows = [dict(zip(rows, values)) for values in zip(*rows.values())]
+            self.made[number] = self.make(rows)
+        return self.made[number]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        index = range(len(self))[index]
+        if isinstance(index, range):  # of a slice
+            return [self[each] for each in index]
+        return self.part(index // self.rows_at_once)[index % self.rows_at_once]
 
 
 @contextmanager

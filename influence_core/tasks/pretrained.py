@@ -1,21 +1,19 @@
 """Model, tokenizer and rows of an example: from the Hub, from directories in its layout, or from scratch."""
 
-import itertools
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import AutoTokenizer, PretrainedConfig
 
 from influence_core.errors import UserError
-from influence_core.experiments.columns import Kind, Text, check_columns
-from influence_core.experiments.demo_corpus import DEMO_CORPUS, demo_corpus, train_tokenizer
-from influence_core.experiments.example import ExampleTask, is_main_process, parse_overrides, take
-from influence_core.experiments.loading import load_from, load_rows
-from influence_core.experiments.weights import load_weights, require_a_start, require_whole
+from influence_core.tasks.columns import Kind, Text, check_columns
+from influence_core.tasks.demo_corpus import DEMO_CORPUS, demo_corpus, train_tokenizer
+from influence_core.tasks.example import ExampleTask
+from influence_core.tasks.loading import Examples, load_from, load_rows
+from influence_core.tasks.models import MODEL_FLAG, has_weights, new_model, trained_model
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,34 +28,6 @@ DEMO_DEFAULTS = {
     "num_repeats.evaluate_lds": 2,
 }
 
-MODEL_FLAG = "--model_name_or_path"
-
-
-class _Parts(Sequence):
-    """The examples of some rows, a part of them made when one of its examples is first asked for."""
-
-    def __init__(self, rows, rows_at_once: int, make: Callable[[list[dict]], list[Any]]):
-        self.rows, self.rows_at_once, self.make = rows, rows_at_once, make
-        self.made: dict[int, list[Any]] = {}
-        self.num_parts = -(-len(rows) // rows_at_once)
-
-    def part(self, number: int) -> list[Any]:
-        if number not in self.made:
-            rows = self.rows[number * self.rows_at_once : (number + 1) * self.rows_at_once]
-            if not isinstance(rows, list):  # a Dataset gives columns
-                rows = [dict(zip(rows, values)) for values in zip(*rows.values())]
-            self.made[number] = self.make(rows)
-        return self.made[number]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Any:
-        index = range(len(self))[index]
-        if isinstance(index, range):  # of a slice
-            return [self[each] for each in index]
-        return self.part(index // self.rows_at_once)[index % self.rows_at_once]
-
 
 class PretrainedTask(ExampleTask):
     """An example whose flags name a model, a tokenizer and a dataset; what is left is what the task is about."""
@@ -65,7 +35,6 @@ class PretrainedTask(ExampleTask):
     auto_model: ClassVar[type]  # such as AutoModelForCausalLM
     config_class: ClassVar[type[PretrainedConfig]]  # of models from scratch
     columns: ClassVar[dict[str, Kind]]  # that the dataset must have: {"sentence": Text(), "label": Label(2)}
-    follows: ClassVar[dict[str, str]] = {}  # {field of a stored config: the field whose override it follows}
     tokenizer_style: ClassVar[str]  # whose special tokens a new tokenizer gets, see train_tokenizer
     pads: ClassVar[bool] = True  # whether `collate` needs the tokenizer's padding
     one_example_a_row: ClassVar[bool] = True
@@ -105,6 +74,10 @@ class PretrainedTask(ExampleTask):
         """What the demo has in place of the dataset's rows."""
         raise UserError(f"--dataset_name_or_path {DEMO_CORPUS} is not for this example")
 
+    def demo_examples(self, split: str) -> Sequence[Any]:
+        """All examples of the demo."""
+        return Examples(self.demo_rows(split), self.rows_at_once, self.tokenized)
+
     def tokenizer_texts(self) -> list[str]:
         """The text that a new tokenizer is trained on; by default, what the training set's columns of text hold."""
         if self.is_demo:
@@ -117,8 +90,8 @@ class PretrainedTask(ExampleTask):
         ids = {f"{which}_token_id": getattr(self.tokenizer, f"{which}_token_id") for which in ("bos", "eos", "pad")}
         return {"vocab_size": len(self.tokenizer)} | {key: value for key, value in ids.items() if value is not None}
 
-    def adapt_config(self, config: PretrainedConfig) -> None:
-        """Change the config of any model before it is made, where the task knows better."""
+    def adapt_config(self, config: PretrainedConfig, is_start: bool) -> None:
+        """Change or refuse the config of any model before it is made; `is_start`: of one that is to be trained."""
 
     # ------------------------------------------------------------------------------------------------- what is shared
 
@@ -150,9 +123,13 @@ class PretrainedTask(ExampleTask):
     def load_model(self, checkpoint_dir):
         self.checkpoint_dir = checkpoint_dir or self.checkpoint_dir
         if checkpoint_dir is None and self._starts_from_scratch:
-            model = self._from_scratch()
+            values, overrides = self.config_values(), self.config_overrides
+            model = new_model(
+                self.auto_model, self.config_class, self.model_source, values, overrides, self.adapt_config
+            )
         else:
-            model = self._from_weights(checkpoint_dir)
+            source = checkpoint_dir or self.model_source
+            model = trained_model(self.auto_model, source, self.adapt_config, is_checkpoint=checkpoint_dir is not None)
         num_words, num_embeddings = len(self.tokenizer), model.get_input_embeddings().num_embeddings
         if num_words > num_embeddings:
             remedy = "name the model's own with --tokenizer_name_or_path, or let --config_overrides set no vocab_size"
@@ -163,72 +140,29 @@ class PretrainedTask(ExampleTask):
             )
         return model
 
-    def _from_weights(self, checkpoint_dir: str | None) -> nn.Module:
-        """A checkpoint, which has to be whole; or the initial model, whose head may be new."""
-        source, flag = checkpoint_dir or self.model_source, "--checkpoint_dir" if checkpoint_dir else MODEL_FLAG
-
-        def load():
-            config = AutoConfig.from_pretrained(source)
-            self.adapt_config(config)
-            return load_weights(self.auto_model, source, config)
-
-        model, differences = load_from(source, flag, load)
-        if checkpoint_dir:
-            require_whole(model, differences, f"{flag} {source}")
-        else:
-            note = require_a_start(model, differences, f"{flag} {source}")
-            if note and is_main_process():
-                print(note)
-        return model
-
-    def _from_scratch(self) -> nn.Module:
-        unknown = [key for key in self.config_overrides if not hasattr(self.config_class(), key)]
-        if unknown:
-            raise UserError(f"--config_overrides: a {self.config_class.__name__} has no {', '.join(unknown)}")
-        values = {**self.config_values(), **self.config_overrides}
-        try:
-            config_class, stored = self.config_class, {}
-            if self.model_source and Path(self.model_source, "config.json").is_file():
-                config_class = type(AutoConfig.from_pretrained(self.model_source))
-                stored, _ = config_class.get_config_dict(self.model_source)
-                stored = {key: value for key, value in stored.items() if self.follows.get(key) not in values}
-            config = config_class(**{**stored, **values})
-            self.adapt_config(config)
-            model = self.auto_model.from_config(config)
-        except Exception as error:  # transformers checks a config in many ways
-            raise UserError(f"no model can be made with this config: {' '.join(str(error).split())}") from None
-        if is_main_process():
-            print(
-                f"Training from scratch: {config.num_hidden_layers} layers of {config.hidden_size}, vocabulary "
-                f"{config.vocab_size}"
-            )
-        return model
-
     @property
     def _starts_from_scratch(self) -> bool:
         """With --config_overrides, or from a local directory without weights."""
         is_local = self.model_source is None or Path(self.model_source).is_dir()
-        return bool(self.config_overrides) or (is_local and not self._has_weights)
+        return bool(self.config_overrides) or (is_local and not has_weights(self.model_source))
 
     @property
     def _trains_tokenizer(self) -> bool:
         return bool(self.tokenizer_source is None and self._starts_from_scratch and self.vocab_size)
-
-    @property
-    def _has_weights(self) -> bool:
-        directory = Path(self.model_source or "/nowhere")
-        return any(itertools.chain(directory.glob("*.safetensors*"), directory.glob("pytorch_model*")))
 
     def load_dataset(self, split, indices=None):
         if split not in self._splits:
             self._splits[split] = self.make_examples(split)
         if not self._splits[split]:
             raise UserError(f"the {split} split has no example")
-        return take(self._splits[split], indices)
+        examples = self._splits[split]
+        return examples if indices is None else [examples[index] for index in indices]
 
     def make_examples(self, split: str) -> Sequence[Any]:
         """All examples of a split; made when they are asked for, where each row gives one."""
-        parts = _Parts(self.demo_rows(split) if self.is_demo else self.rows(split), self.rows_at_once, self.tokenized)
+        if self.is_demo:
+            return self.demo_examples(split)
+        parts = Examples(self.rows(split), self.rows_at_once, self.tokenized)
         if self.one_example_a_row:
             return parts
         return [example for number in range(parts.num_parts) for example in parts.part(number)]
@@ -244,3 +178,25 @@ class PretrainedTask(ExampleTask):
         )
         check_columns(rows, self.columns, self.dataset_source, self.split_sources[split])
         return rows
+
+
+def parse_overrides(text: str) -> dict[str, Any]:
+    """ "n_layer=4,n_embd=256" -> {"n_layer": 4, "n_embd": 256}; raises UserError for anything else."""
+    overrides = {}
+    for part in filter(None, text.split(",")):
+        key, separator, value = part.partition("=")
+        if not separator or not key.strip():
+            raise UserError(f"--config_overrides takes key=value,key=value, not {part!r}")
+        overrides[key.strip()] = _number(value.strip())
+    return overrides
+
+
+def _number(text: str) -> Any:
+    if text in ("True", "False"):
+        return text == "True"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text

@@ -1,4 +1,4 @@
-"""What the scripts of an example need beyond the influence contract: flags, presets, training and evaluation."""
+"""What the scripts ask of a task beyond the influence contract: flags, presets, loading, showing and evaluation."""
 
 import argparse
 import os
@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from influence_core.errors import UserError
-from influence_core.task import EXAMPLE_INDEX, Batch, InfluenceTask
+from influence_core.task import Batch, InfluenceTask
 
 MEASUREMENT = "measurement"
 
@@ -21,6 +20,7 @@ class ExampleTask(InfluenceTask):
     presets: ClassVar[dict[str, dict[str, Any]]]  # {"full": {flag: default}, "demo": …}; flags of any script
     tokenizer: Any  # of the checkpoint, where `checkpoint_dir` names one; else of the initial model
     checkpoint_dir: str | None = None
+    tracked_layers: str | None = None  # a regular expression that narrows what is tracked; of --tracked_layers
 
     @staticmethod
     @abstractmethod
@@ -34,9 +34,25 @@ class ExampleTask(InfluenceTask):
         cls.add_arguments(parser)
         return [action.dest for action in parser._actions]
 
+    @abstractmethod
+    def load_model(self, checkpoint_dir: str | None) -> nn.Module:
+        """The model in float32; from the checkpoint, or the initial one (to train) where it is None."""
+
+    @abstractmethod
+    def load_dataset(self, split: str, indices: Sequence[int] | None = None) -> Sequence[Any]:
+        """The examples of "train" or "validation", all of them or those at `indices`."""
+
+    @abstractmethod
+    def describe(self, example: Any) -> str:
+        """The example as text, for a person to read."""
+
+    def topic(self, example: Any) -> str | None:
+        """A group that the example is known to belong to, if any: lets analyze.py report topic retrieval."""
+        return None
+
+    @abstractmethod
     def training_loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The mean loss that training minimises; by default what the model computes from the batch."""
-        return model(**{key: value for key, value in batch.items() if key != EXAMPLE_INDEX}).loss
+        """The mean loss that training minimises; the model may be wrapped for several processes."""
 
     @abstractmethod
     def evaluation_values(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -59,38 +75,6 @@ class ExampleTask(InfluenceTask):
     def query_metrics(self, values: dict[str, Tensor]) -> dict[str, float]:
         """What a counterfactual retraining is judged by, from the values of the queries; the first one is plotted."""
         return self.metrics(values)
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, in one line."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def parse_overrides(text: str) -> dict[str, Any]:
-    """ "n_layer=4,n_embd=256" -> {"n_layer": 4, "n_embd": 256}; raises UserError for anything else."""
-    overrides = {}
-    for part in filter(None, text.split(",")):
-        key, separator, value = part.partition("=")
-        if not separator or not key.strip():
-            raise UserError(f"--config_overrides takes key=value,key=value, not {part!r}")
-        overrides[key.strip()] = _number(value.strip())
-    return overrides
-
-
-def _number(text: str) -> Any:
-    if text in ("True", "False"):
-        return text == "True"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return text
-
-
-def take(examples: Sequence[Any], indices) -> Sequence[Any]:
-    """The examples at `indices`, or all."""
-    return examples if indices is None else [examples[index] for index in indices]
 
 
 def is_main_process() -> bool:

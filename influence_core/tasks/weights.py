@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from influence_core.errors import UserError
-from influence_core.experiments.loading import overheard
+from influence_core.tasks.loading import overheard
 
 NO_WEIGHT = re.compile(r"\.masked_bias$")  # a constant that old checkpoints of GPT-2 carry along
 SHOWN_KEYS = 4  # of a kind of difference
@@ -60,7 +60,7 @@ def require_a_start(model: nn.Module, found: Differences, what: str) -> str | No
     Raises:
         UserError: it is more than another head: layers or embeddings would be random, or be left out.
     """
-    blocks = _Blocks(model)
+    blocks = Blocks(model)
     missing = [key for key in found.missing if blocks.index(key) or key in _embeddings(model)]
     unexpected = [key for key in found.unexpected if blocks.index(key)]
     require_whole(model, Differences(missing, unexpected, found.mismatched), what)
@@ -77,7 +77,7 @@ def _embeddings(model: nn.Module) -> set[str]:
     return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
 
 
-class _Blocks:
+class Blocks:
     """The repeated blocks of a model: the members of its body's ModuleLists, wherever on disk the body lies."""
 
     def __init__(self, model: nn.Module):
@@ -99,7 +99,7 @@ class _Blocks:
 
 def _cause(model: nn.Module, found: Differences) -> str:
     """What is the likely cause, and what to do about it."""
-    blocks = _Blocks(model)
+    blocks = Blocks(model)
     stored = {blocks.index(key) for key in model.state_dict().keys() - {*found.missing}}
     absent = {blocks.index(key) for key in found.missing} - stored - {None}
     if found.mismatched:

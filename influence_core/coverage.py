@@ -1,0 +1,55 @@
+"""Which share of a model is tracked, and what is left out, as a person reads it."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from influence_core.layers import TrackedLayer, trackable_layer_names
+
+
+def describe_coverage(model: nn.Module, layers: Sequence[TrackedLayer]) -> str:
+    """Layers and parameters that are tracked, their share of the model's and of the trained ones, and all the rest."""
+    head = output_head(model)
+    of_head = set(map(id, head.parameters())) if head is not None else set()
+    tracked_ids = {id(parameter) for layer in layers for parameter in layer.module.parameters(recurse=False)}
+    trackable = set(trackable_layer_names(model))
+    seen, left_out, trained = set(tracked_ids), dict[str, int](), 0
+    for parameter in model.parameters():
+        trained += parameter.numel() * parameter.requires_grad
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            kind = "other linear layers" if name in trackable else _kind(module)
+            if id(parameter) in of_head:
+                kind = "head" if module is head else f"{kind} tied to the head"
+            left_out[kind] = left_out.get(kind, 0) + parameter.numel()
+    tracked = sum(layer.num_parameters for layer in layers)
+    whole = tracked + sum(left_out.values())
+    of_trained = f" and {tracked / trained:.1%} of the trained {trained:,}" if 0 < trained < whole else ""
+    shares = [f"{kind} {count / whole:.1%}" for kind, count in sorted(left_out.items(), key=lambda item: -item[1])]
+    return (
+        f"{len(layers)} layers, {tracked:,} parameters, {tracked / whole:.1%} of the model's {whole:,}{of_trained}"
+        f"{'' if of_trained else ' (all trained)' if trained else ''}; left out: " + (", ".join(shares) or "none")
+    )
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """What makes the logits of a language model, if there is one."""
+    try:
+        return model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _kind(module: nn.Module) -> str:
+    """What a person calls the parameters of such a module."""
+    name = type(module).__name__
+    if isinstance(module, nn.Embedding):
+        return "embeddings"
+    if "norm" in name.lower():
+        return "norms"
+    if "expert" in name.lower():
+        return "fused experts"
+    return f"shared {name}" if type(module) is nn.Linear else name

@@ -1,0 +1,109 @@
+"""The model of a task: from stored weights, which have to be all there, or from scratch by a config."""
+
+import itertools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig
+
+from influence_core.errors import UserError
+from influence_core.tasks.example import is_main_process
+from influence_core.tasks.loading import load_from
+from influence_core.tasks.weights import load_weights, require_a_start, require_whole
+
+MODEL_FLAG = "--model_name_or_path"
+# The function that some configs call gelu_new, as one kernel instead of eight.
+GELU, FUSED_GELU = "gelu_new", "gelu_pytorch_tanh"
+
+
+def has_weights(source: str | None) -> bool:
+    """Whether a local directory holds any."""
+    directory = Path(source or "/nowhere")
+    return any(itertools.chain(directory.glob("*.safetensors*"), directory.glob("pytorch_model*")))
+
+
+def trained_model(
+    auto_model: type, source: str, adapt: Callable[[PretrainedConfig, bool], None], is_checkpoint: bool
+) -> nn.Module:
+    """A checkpoint, which has to be whole; or weights to start training from, whose head may be new."""
+    flag = "--checkpoint_dir" if is_checkpoint else MODEL_FLAG
+
+    def load():
+        config = AutoConfig.from_pretrained(source)
+        _adapt(config, adapt, not is_checkpoint)
+        return load_weights(auto_model, source, config)
+
+    model, differences = load_from(source, flag, load)
+    if is_checkpoint:
+        require_whole(model, differences, f"{flag} {source}")
+    else:
+        note = require_a_start(model, differences, f"{flag} {source}")
+        if note and is_main_process():
+            print(note)
+    return model
+
+
+def new_model(
+    auto_model: type,
+    config_class: type[PretrainedConfig],
+    source: str | None,
+    values: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    adapt: Callable[[PretrainedConfig, bool], None],
+) -> nn.Module:
+    """A model with random weights.
+
+    Args:
+        config_class: where `source` stores no config.
+        values: of the config, from tokenizer and task; those that it does not have are left out.
+        overrides: of the config, by the user.
+    Raises:
+        UserError: the config has no such fields, or no model can be made of it.
+    """
+    stored: dict[str, Any] = {}
+    try:
+        if source and Path(source, "config.json").is_file():
+            config_class = type(AutoConfig.from_pretrained(source))
+            stored, _ = config_class.get_config_dict(source)
+        default = config_class()
+    except Exception as error:  # transformers checks a config in many ways
+        raise _no_model(error) from None
+    unknown = [key for key in overrides if not hasattr(default, key)]
+    if unknown:
+        raise UserError(f"--config_overrides: a {config_class.__name__} has no {', '.join(unknown)}")
+    values = {key: value for key, value in values.items() if hasattr(default, key) or key.endswith("_token_id")}
+    values |= overrides
+    try:
+        derived = _derived_fields(config_class, stored, values)
+        stored = {key: value for key, value in stored.items() if key not in derived}
+        config = config_class(**{**stored, **values})
+        _adapt(config, adapt, True)
+        model = auto_model.from_config(config)
+    except UserError:
+        raise
+    except Exception as error:
+        raise _no_model(error) from None
+    if is_main_process():
+        size = f"{config.num_hidden_layers} layers of {config.hidden_size}, vocabulary {config.vocab_size}"
+        print(f"Training from scratch: {size}")
+    return model
+
+
+def _derived_fields(config_class: type[PretrainedConfig], stored: Mapping, values: Mapping) -> set[str]:
+    """Fields that a config derives from others that are given now: what is stored of them is out of date."""
+    before = config_class(**{key: stored[key] for key in values if key in stored}).to_dict()
+    after = config_class(**values).to_dict()
+    return {key for key in after if key not in values and after[key] != before.get(key)}
+
+
+def _adapt(config: PretrainedConfig, adapt: Callable[[PretrainedConfig, bool], None], is_start: bool) -> None:
+    for name in ("activation_function", "hidden_act"):
+        if getattr(config, name, None) == GELU:
+            setattr(config, name, FUSED_GELU)
+    adapt(config, is_start)
+
+
+def _no_model(error: Exception) -> UserError:
+    return UserError(f"no model can be made with this config: {' '.join(str(error).split())}")

@@ -1,0 +1,163 @@
+"""What a model says of itself when it is run: which stream of the batch each layer reads, and what its head computes.
+
+Two small batches that differ in the number of rows and of positions go through the model. A layer whose inputs follow
+the positions of a stream (tokens; source or target) reads that stream; one that has one position a row, in both, reads
+none. So nothing has to be known of the names or the making of a model, and what can't be told apart by example is found
+before it is tracked.
+"""
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from influence_core.coverage import output_head
+from influence_core.layers import trackable_layer_names
+from influence_core.task import Batch
+
+Run = Callable[[nn.Module, Batch], object]
+Shapes = Mapping[str, tuple[int, int]]  # {stream: (rows, positions)} of a batch
+
+ONE_POSITION = ""  # in place of a stream: one position a row, that of a pooler or a classifier
+
+
+@dataclass
+class Observed:
+    """What was seen of one model."""
+
+    accepts: frozenset[str] = frozenset()  # names of the arguments of its forward pass
+    streams: dict[str, str] = field(default_factory=dict)  # {layer: stream}, of layers that can be tracked
+    unfit: dict[str, str] = field(default_factory=dict)  # {layer: why it can't be}; the output head is in neither
+    head_is_matrix: bool = False  # logits = hidden states x the head's weight, and nothing else
+    loss_is_mean: bool = False  # its own loss is the mean cross-entropy of its logits
+
+    def describe_unfit(self) -> str:
+        """In a line: which layers, numbers aside, and why."""
+        names: dict[str, dict[str, None]] = {}
+        for name, reason in self.unfit.items():
+            names.setdefault(reason, {})[re.sub(r"(?<=\.)\d+(?=\.)", "*", name)] = None
+        return "; ".join(f"{', '.join(several)} ({reason})" for reason, several in names.items())
+
+
+def accepted_arguments(model: nn.Module) -> frozenset[str]:
+    """Names of the arguments of the model's forward pass."""
+    return frozenset(inspect.signature(model.forward).parameters)
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, in its own number format; afterwards as it was."""
+    modes = [module.training for module in model.modules()]
+    device = next(model.parameters()).device
+    model.eval()
+    try:
+        with torch.autocast(device.type if device.type != "meta" else "cpu", enabled=False):
+            yield
+    finally:
+        for module, training in zip(model.modules(), modes):
+            module.training = training
+
+
+def observe_layers(model: nn.Module, run: Run, batches: Sequence[tuple[Batch, Shapes]], observed: Observed) -> None:
+    """Note in `observed` what each layer that could be tracked reads."""
+    head = output_head(model)
+    names = [name for name in trackable_layer_names(model) if model.get_submodule(name) is not head]
+    found: dict[str, set[str]] = {}
+    reasons: dict[str, str] = {}
+    for batch, shapes in batches:
+        inputs = _inputs_of_layers(model, names, run, batch)
+        for name in names:
+            for shape in inputs[name]:
+                streams = _streams_of(shape, shapes)
+                found[name] = found.get(name, streams) & streams
+                reasons.setdefault(name, _why_unfit(shape, shapes))
+    for name in names:
+        if name not in found:
+            observed.unfit[name] = "not called"
+        elif len(found[name]) != 1:
+            observed.unfit[name] = reasons[name]
+        else:
+            (observed.streams[name],) = found[name]
+
+
+def _inputs_of_layers(model: nn.Module, names: Sequence[str], run: Run, batch: Batch) -> dict[str, list[torch.Size]]:
+    """{layer: shapes of its input, of each call}"""
+    shapes: dict[str, list[torch.Size]] = {name: [] for name in names}
+
+    def note(name: str):
+        def hook(module, arguments, keywords):
+            (seen,) = (*arguments, *keywords.values())
+            shapes[name].append(seen.shape)
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(note(name), with_kwargs=True) for name in names]
+    try:
+        with torch.no_grad(), undisturbed(model):
+            run(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return shapes
+
+
+def _streams_of(shape: torch.Size, shapes: Shapes) -> set[str]:
+    """The streams whose rows and positions such an input may have."""
+    num_positions = math.prod(shape[1:-1])
+    streams = set()
+    for stream, (rows, positions) in shapes.items():
+        is_flat = len(shape) == 2 and shape[0] == rows * positions
+        if is_flat or (shape[0] == rows and positions in (num_positions, *shape[1:-1][:1])):
+            streams.add(stream)
+        if shape[0] == rows and num_positions == 1:
+            streams.add(ONE_POSITION)
+    return streams
+
+
+def _why_unfit(shape: torch.Size, shapes: Shapes) -> str:
+    num_rows = {rows for rows, _ in shapes.values()}
+    if shape[0] == 1 or len(shape) == 2:
+        return "applied once for all examples, or to positions picked from several"
+    if shape[0] not in num_rows and len(shape) > 2 and shape[1] in num_rows:
+        return "its rows come second"
+    return "sees other positions than the batch has"
+
+
+class _Reached(Exception):
+    """A layer saw its input: all that comes before it went well."""
+
+
+def can_embed(model: nn.Module, run: Run, batch: Batch, layers: Sequence[str]) -> bool:
+    """Whether a batch of so many positions gets as far as the first of the layers: the model has positions enough."""
+
+    def stop(module, arguments):
+        raise _Reached
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(stop) for name in layers]
+    try:
+        with torch.no_grad(), undisturbed(model):
+            run(model, batch)
+    except _Reached:
+        pass
+    except Exception:  # an index out of range, or shapes that do not fit, as each model has it
+        return False
+    finally:
+        for handle in handles:
+            handle.remove()
+    return True
+
+
+def most_positions(fits: Callable[[int], bool], wanted: int) -> int:
+    """The largest number of positions up to `wanted` that fits, by bisection; 0 where not even one does."""
+    if fits(wanted):
+        return wanted
+    fitting, too_many = 0, wanted
+    while too_many - fitting > 1:
+        middle = (fitting + too_many) // 2
+        fitting, too_many = (middle, too_many) if fits(middle) else (fitting, middle)
+    return fitting

@@ -1,0 +1,141 @@
+"""Sequence to sequence: a target text is written from a source text."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from transformers import AutoModelForSeq2SeqLM, T5Config
+
+from influence_core.errors import UserError
+from influence_core.task import EXAMPLE_INDEX
+from influence_core.tasks.example import MEASUREMENT
+from influence_core.tasks.head import IGNORED
+from influence_core.tasks.language_model import LanguageModelTask
+from influence_core.tasks.pretrained import PretrainedTask
+from influence_core.tasks.transformer import pad, topic_of
+
+
+class Seq2SeqTask(LanguageModelTask):
+    """The measurement is the target's summed cross-entropy. An example is {"input_ids", "labels"}, source and target.
+
+    Both are padded on the right, so that no model has to be told its positions.
+    """
+
+    auto_model, config_class = AutoModelForSeq2SeqLM, T5Config
+    tokenizer_style = "t5"
+    position_limits = {"input_ids": "max_source_length", "labels": "max_target_length"}
+    source_name: ClassVar[str] = "Source"  # as a person reads it
+    target_name: ClassVar[str] = "Target"
+    source_prefix: str = ""  # before every source, unless --source_prefix gives another
+
+    def __init__(self, max_source_length, max_target_length, source_prefix=None, **flags):
+        super().__init__(**flags)
+        self.max_source_length, self.max_target_length = max_source_length, max_target_length
+        if source_prefix is not None:
+            self.source_prefix = source_prefix
+        for name, length, least in (("source", max_source_length, 3), ("target", max_target_length, 2)):
+            if length < least:
+                raise UserError(f"--max_{name}_length must be at least {least}, a token and the end, not {length}")
+
+    @staticmethod
+    def add_arguments(parser):
+        PretrainedTask.add_arguments(parser)
+        parser.add_argument("--max_source_length", type=int, help="tokens of a source; longer ones are cut")
+        parser.add_argument("--max_target_length", type=int, help="tokens of a target; longer ones are cut")
+        parser.add_argument("--source_prefix", help="before every source, such as the 'summarize: ' of T5")
+
+    # ---------------------------------------------------------------------------------------------------------- data
+
+    @abstractmethod
+    def source_and_target(self, row: Mapping[str, Any]) -> tuple[str, str]:
+        """The two texts of a row, without the prefix."""
+
+    def tokenized(self, rows):
+        pairs = [self.source_and_target(row) for row in rows]
+        sources = self.tokens([self.source_prefix + source for source, _ in pairs], self.max_source_length)
+        encoded = self.tokenizer(
+            text_target=[target for _, target in pairs], truncation=True, max_length=self.max_target_length
+        )
+        targets = (np.array(ids, dtype=np.int32) for ids in encoded["input_ids"])
+        return [
+            {"input_ids": source, "labels": target, **topic_of(row)}
+            for source, target, row in zip(sources, targets, rows)
+        ]
+
+    def length(self, example):
+        return len(example["input_ids"]) + len(example["labels"])
+
+    def collate(self, examples):
+        """Sources and targets, each padded to the longest of the batch."""
+        sources = [example["input_ids"] for example in examples]
+        return {
+            "input_ids": pad(sources, self.tokenizer.pad_token_id),
+            "attention_mask": pad([np.ones_like(source) for source in sources], 0),
+            "labels": pad([example["labels"] for example in examples], IGNORED),
+        }
+
+    def describe(self, example):
+        source = self.text(example["input_ids"]).removeprefix(self.source_prefix)
+        return f"{self.target_name}: {self.text(example['labels'])}\n{self.source_name}: {source}"
+
+    # --------------------------------------------------------------------------------------------------------- model
+
+    def adapt_config(self, config, is_start):
+        super().adapt_config(config, is_start)
+        if getattr(config, "decoder_start_token_id", None) is None:
+            config.decoder_start_token_id = self.tokenizer.pad_token_id
+
+    def streams(self, batch):
+        return {"input_ids": batch["input_ids"], "labels": batch["labels"]}
+
+    def real_positions(self, batch, stream):
+        return batch["attention_mask"] if stream == "input_ids" else batch["labels"] != IGNORED
+
+    def model_inputs(self, model, batch):
+        inputs = {
+            "input_ids": batch["input_ids"],
+            "attention_mask": batch.get("attention_mask"),
+            "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=batch["labels"]),
+            "use_cache": False,
+        }
+        accepted = self.known(model).accepts
+        return {key: value for key, value in inputs.items() if key in accepted}
+
+    def labels(self, batch):
+        return batch["labels"]
+
+    def targets(self, batch):
+        return batch["labels"]
+
+    def target_uniforms(self, sample_labels, batch):
+        return sample_labels.uniforms(batch[EXAMPLE_INDEX], batch["labels"].shape[1])
+
+    # ------------------------------------------------------------------------------------------------------- figures
+
+    @torch.no_grad()
+    def generation_values(self, model, batch):
+        """ROUGE of targets that the model writes, taking the likeliest token each time."""
+        from influence_core.tasks.metrics import rouge  # only where it is needed: it takes long to import
+
+        written = model.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=self.max_target_length,
+            do_sample=False,
+            num_beams=1,
+        )
+        references = [self.text(labels[labels != IGNORED]) for labels in batch["labels"]]
+        scores = rouge([self.text(tokens) for tokens in written], references)
+        return {name: torch.tensor(values, dtype=torch.float64) for name, values in scores.items()}
+
+    def metrics(self, values):
+        scores = {name: float(each.mean()) for name, each in values.items() if name.startswith("rouge")}
+        return {"loss": float(self.mean_loss(values)), **scores}
+
+    def query_metrics(self, values):
+        return {
+            "mean query loss": float((values[MEASUREMENT] / values[self.count_name]).mean()),
+            "ROUGE-L": float(values["rougeL"].mean()),
+        }
