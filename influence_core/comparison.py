@@ -14,6 +14,7 @@ from influence_core.errors import UserError, first_line
 from influence_core.finite import FiniteWatch
 from influence_core.layers import TrackedLayer
 from influence_core.padding import refuse_counted_padding
+from influence_core.parameters import refuse_other_uses
 from influence_core.passes import LossFunction
 from influence_core.precision import Precision
 from influence_core.runtime import is_out_of_memory
@@ -58,9 +59,9 @@ class Comparison:
         self.study, self.dataset, self.pair, self.what = study, dataset, pair, what
         precision = study.runtime.precision
         # In half precision rounding would hide what is looked for, and the contract is one of task and model.
-        has_narrow_weights = any(x.is_floating_point() and x.itemsize < 4 for x in study.model.parameters())
-        self.precision = precision if has_narrow_weights else Precision(precision.sum_dtype, precision.sum_dtype)
-        self.tolerances = TOLERANCES["half" if has_narrow_weights else "tf32" if precision.tf32 else "exact"]
+        self.has_narrow_weights = any(x.is_floating_point() and x.itemsize < 4 for x in study.model.parameters())
+        self.precision = precision if self.has_narrow_weights else Precision(precision.sum_dtype, precision.sum_dtype)
+        self.tolerances = TOLERANCES["half" if self.has_narrow_weights else "tf32" if precision.tf32 else "exact"]
         self.epsilon = torch.finfo(self.precision.operand_dtype).eps
         self.fits = True  # a batch of both into memory
         self.live: set[str] = set()  # layers that a gradient reached
@@ -81,6 +82,8 @@ class Comparison:
         if together is not None:
             self._compare_losses(loss, what, alone, together)
             self._compare_layers(loss, what, alone, together)
+        if not self.has_narrow_weights:  # of which half precision has copies
+            self._prove_parameters(loss, alone[0])
         return summaries
 
     def _summary(self, ran: _Ran) -> tuple[float, Tensor]:
@@ -112,6 +115,15 @@ class Comparison:
         watch.note(value, captured, indices, self.what)
         watch.look()
         return _Ran(batch, float(value), captured)
+
+    def _prove_parameters(self, loss: LossFunction, ran: _Ran) -> None:
+        study = self.study
+        try:
+            refuse_other_uses(study.model, study.layers, loss, ran.batch, ran.captured, self.precision, self.tolerances)
+        except RuntimeError as error:  # there may be no room for the gradients of parameters
+            if not is_out_of_memory(error):
+                raise
+            study.runtime.release_cached_memory()
 
     def _compare_losses(self, loss: LossFunction, what: str, alone: list[_Ran], together: _Ran) -> None:
         first, second = (ran.loss for ran in alone)

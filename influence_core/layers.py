@@ -72,6 +72,14 @@ class TrackedLayer:
         """Per-sample gradients as matrices, [n, out, in(+1)]; arguments as of `gradient_parts`."""
         return self.to_matrix(self.gradient_parts(activations, output_gradients))
 
+    def parameter_gradient(self, parameter: nn.Parameter, activations: Tensor, output_gradients: Tensor) -> Tensor:
+        """What the calls of all examples together add to the gradient of the weight or the bias, in its own layout."""
+        output_gradients = output_gradients.flatten(0, 1)
+        if parameter is not self.module.weight:
+            return output_gradients.sum(0)
+        gradient = output_gradients.t() @ activations.flatten(0, 1)
+        return gradient.t() if type(self.module) is Conv1D else gradient
+
     def to_matrix(self, parts: Parts) -> Tensor:
         """Parts of n gradients -> [n, out, in(+1)]."""
         weight = parts[0].view(-1, self.out_features, self.in_features)

@@ -67,6 +67,7 @@ ENCODER_DECODERS = {
     "BART": hf.BartConfig(**BART),
     "Marian": hf.MarianConfig(**BART),
     "Pegasus": hf.PegasusConfig(**BART),
+    "M2M-100 (shifts labels itself)": hf.M2M100Config(**BART),
 }
 
 # Computed in float32 inside, whatever the model's own format: a norm, a softmax or a table of positions.
@@ -121,12 +122,16 @@ class RandomTokens:
 
 
 class RandomCausal(RandomTokens, CausalLMTask):
+    kind = "causal"
+
     def example(self, draw):
         return {"input_ids": self.row(draw)}
 
 
 class RandomCausalFromTheLeft(RandomCausal):
     """A collate of one's own."""
+
+    kind = "causal, padded on the left"
 
     def collate(self, examples):
         batch = super().collate(examples)
@@ -135,12 +140,14 @@ class RandomCausalFromTheLeft(RandomCausal):
 
 
 class RandomClasses(RandomTokens, SequenceClassificationTask):
+    kind = "classification"
+
     def example(self, draw):
         return {"input_ids": self.row(draw), "label": int(draw((), 0, CLASSES))}
 
 
 class RandomChoices(RandomTokens, MultipleChoiceTask):
-    num_choices = CHOICES
+    kind, num_choices = "multiple choice", CHOICES
 
     def choices(self, row):
         raise NotImplementedError
@@ -150,6 +157,8 @@ class RandomChoices(RandomTokens, MultipleChoiceTask):
 
 
 class RandomPairs(RandomTokens, Seq2SeqTask):
+    kind = "sequence to sequence"
+
     def source_and_target(self, row):
         raise NotImplementedError
 

@@ -252,3 +252,50 @@ def test_post_processing_that_loses_examples_is_refused(tmp_path):
 
     with pytest.raises(UserError, match="one for each example"):
         score_tiny(tmp_path, Lost(), ["identity"])
+
+
+# ----------------------------------------------------------------------- parameters that get another gradient as well
+
+
+class UsedTwice(TinyModel):
+    """A weight that is also read without its layer being called, as a tied head by computation."""
+
+    def hidden(self, tokens, mask):
+        x = super().hidden(tokens, mask)
+        return x + torch.tanh(F.linear(x, self.third.weight[:, :4]))
+
+
+class Merged(TinyModel):
+    """A layer whose output is changed by what its own weight makes, as an adapter of its directions does (DoRA)."""
+
+    def __init__(self):
+        super().__init__()
+        self.third.register_forward_hook(lambda module, arguments, output: output / module.weight.norm())
+
+
+class Replaced(TinyModel):
+    """The class is a Linear's, the forward pass is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.third.forward = lambda x: F.linear(x, self.third.weight**2)
+
+
+@pytest.mark.parametrize("model_class", [UsedTwice, Merged, Replaced])
+def test_a_parameter_that_gets_another_gradient_as_well_is_refused(model_class, tmp_path):
+    with pytest.raises(UserError, match="the gradient of layer third's parameters is not what its calls make"):
+        score_tiny(tmp_path, OfModel(model_class))
+    assert not contents(tmp_path)
+    scores = score_tiny(tmp_path, OfModel(model_class, layers=["first", "second"]))
+    assert all(matrix.isfinite().all() for matrix in scores.values())
+
+
+def test_the_proof_leaves_the_model_as_it_was(tmp_path):
+    """Gradients, what is frozen, and whether it trains."""
+    study = make_study(tmp_path)
+    study.model.first.weight.requires_grad_(False)
+    study.model.second.weight.grad = kept = torch.ones_like(study.model.second.weight)
+    study.model.train()
+    score(study, ["identity"])
+    assert study.model.training and study.model.second.weight.grad is kept and study.model.third.weight.grad is None
+    assert not study.model.first.weight.requires_grad and study.model.third.weight.requires_grad

@@ -149,7 +149,11 @@ def test_forgotten_blocks_are_refused():
     assert names == ["classifier"]
     with pytest.raises(UserError, match=r"tracks no layer of encoder\.layer\.0, encoder\.layer\.1 of this BertFor"):
         coverage_notes(task, model, layers, was_asked=False)
+    task.tracked_layers = "classifier"
     assert coverage_notes(task, model, layers, was_asked=True) == []
+    task.tracked_layers = "encoder"
+    with pytest.raises(UserError, match="OfRoberta names its layers itself, and classifier is not of"):
+        coverage_notes(task, model, layers, was_asked=True)
     roberta = make_model(hf.AutoModelForMultipleChoice, ENCODERS["RoBERTa"])
     task, names = narrowed(OfRoberta, roberta)
     assert coverage_notes(task, roberta, find_tracked_layers(roberta, names), was_asked=False) == []

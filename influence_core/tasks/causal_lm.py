@@ -96,11 +96,9 @@ class CausalLMTask(LanguageModelTask):
 
     def model_inputs(self, model, batch):
         mask = batch.get("attention_mask")
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": mask, "use_cache": False}
-        if mask is not None:  # so that padding on the left moves no token
-            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-        accepted = self.known(model).accepts
-        return {key: value for key, value in inputs.items() if key in accepted}
+        # Told its positions, so that padding on the left moves no token.
+        positions = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
+        return self.accepted(model, input_ids=batch["input_ids"], attention_mask=mask, position_ids=positions)
 
     @torch.no_grad()
     def observe_head(self, model, batch, observed):

@@ -58,6 +58,10 @@ class ClassificationTask(TransformerTask):
         rows = {name: [np.array(row, dtype=np.int32) for row in column] for name, column in fields.items()}
         return {name: column for name, column in rows.items() if name == "input_ids" or any(x.any() for x in column)}
 
+    def class_of(self, example: dict) -> int:
+        """The example's class, as the model counts them."""
+        return example["label"]
+
     def length(self, example):
         return max(map(len, self.rows_of(example["input_ids"])))
 
@@ -71,7 +75,7 @@ class ClassificationTask(TransformerTask):
         if "token_type_ids" in examples[0]:
             types = [row for example in examples for row in self.rows_of(example["token_type_ids"])]
             batch["token_type_ids"] = pad(types, 0)
-        labels = torch.tensor([example["label"] for example in examples])
+        labels = torch.tensor(list(map(self.class_of, examples)))
         return {name: self.by_example(tensor) for name, tensor in batch.items()} | {"labels": labels}
 
     # --------------------------------------------------------------------------------------------------------- model
@@ -83,8 +87,7 @@ class ClassificationTask(TransformerTask):
         return batch["attention_mask"].flatten(0, -2)
 
     def model_inputs(self, model, batch):
-        accepted = self.known(model).accepts
-        return {key: value for key, value in batch.items() if key in accepted and key != "labels"}
+        return self.accepted(model, **{key: value for key, value in batch.items() if key != "labels"})
 
     def labels(self, batch):
         return batch["labels"]

@@ -53,9 +53,22 @@ class Text(Kind):
 
 @dataclass(frozen=True)
 class Label(Kind):
-    """A class: a whole number from 0 on."""
+    """A class: a whole number from 0 on; or, where `classes` are names instead of their number, one of these."""
 
-    num_classes: int
+    classes: int | tuple[str, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Empty where only the number of classes is known."""
+        return () if isinstance(self.classes, int) else tuple(self.classes)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.names) or self.classes
+
+    def index(self, value: int | str) -> int:
+        """The class of a cell."""
+        return self.names.index(value) if isinstance(value, str) else value
 
     def takes_all(self, column):
         import pyarrow.compute as pc
@@ -67,13 +80,16 @@ class Label(Kind):
         return not len(column) or 0 <= ends["min"] <= ends["max"] < self.num_classes
 
     def takes(self, value):
+        if isinstance(value, str):
+            return value in self.names
         return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < self.num_classes
 
     def looks_right(self, value):
         return isinstance(value, str) and value.strip().isdecimal() and self.takes(int(value))
 
     def __str__(self):
-        return f"a whole number from 0 to {self.num_classes - 1}"
+        names = f", or one of {', '.join(self.names)}" if self.names else ""
+        return f"a whole number from 0 to {self.num_classes - 1}{names}"
 
 
 def check_columns(rows: "Dataset", kinds: Mapping[str, Kind], source: str, split: str) -> None:

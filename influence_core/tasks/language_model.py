@@ -41,11 +41,11 @@ class LanguageModelTask(TransformerTask):
     def observe_head(self, model, batch, observed):
         with undisturbed(model):
             inputs = self.model_inputs(model, batch)
-            observed.head_is_matrix = head_is_matrix(model, inputs)
+            observed.head_is_matrix = "labels" not in inputs and head_is_matrix(model, inputs)
             targets = self.targets(batch)
             mean = self.scores(model, batch).loss(targets) / (targets != IGNORED).sum()
             # Some language models compare each position with its own label: they are given those of the next.
-            of_labels = (model(**inputs, labels=labels).loss for labels in (self.labels(batch), targets))
+            of_labels = (model(**inputs | {"labels": labels}).loss for labels in (self.labels(batch), targets))
             observed.loss_is_mean = any(bool((own - mean).abs() <= 1e-3 * mean.abs()) for own in of_labels)
         if not observed.loss_is_mean and is_main_process():
             print(MORE_THAN_TOKENS)

@@ -94,14 +94,10 @@ class Seq2SeqTask(LanguageModelTask):
         return batch["attention_mask"] if stream == "input_ids" else batch["labels"] != IGNORED
 
     def model_inputs(self, model, batch):
-        inputs = {
-            "input_ids": batch["input_ids"],
-            "attention_mask": batch.get("attention_mask"),
-            "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=batch["labels"]),
-            "use_cache": False,
-        }
-        accepted = self.known(model).accepts
-        return {key: value for key, value in inputs.items() if key in accepted}
+        shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+        # Without that, the model shifts them only as labels.
+        target = {"labels": batch["labels"]} if shift is None else {"decoder_input_ids": shift(labels=batch["labels"])}
+        return self.accepted(model, input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), **target)
 
     def labels(self, batch):
         return batch["labels"]

@@ -1,5 +1,6 @@
 """Whether what a task tracks is expected: whole blocks left out are refused, much left out is said."""
 
+import re
 from collections.abc import Sequence
 
 from torch import nn
@@ -20,7 +21,8 @@ def coverage_notes(task: ExampleTask, model: nn.Module, layers: Sequence[Tracked
     Args:
         was_asked: whether the user said which layers to track.
     Raises:
-        UserError: nobody asked, and the task's own choice leaves out whole blocks that could be tracked.
+        UserError: nobody asked, and the task's own choice leaves out whole blocks that could be tracked; or the user
+            did, and the task does not listen.
     """
     tracked = {layer.name for layer in layers}
     head = output_head(model)
@@ -30,6 +32,7 @@ def coverage_notes(task: ExampleTask, model: nn.Module, layers: Sequence[Tracked
     if unfit:
         notes.append(f"Left out, as they can't be tracked: {task.observe(model).describe_unfit()}")
     if was_asked:
+        _refuse_ignored_pattern(task, tracked)
         return notes
     _refuse_forgotten_blocks(task, model, tracked, [name for name in trackable if name not in unfit])
     sizes = {name: sum(x.numel() for x in model.get_submodule(name).parameters(recurse=False)) for name in trackable}
@@ -37,6 +40,15 @@ def coverage_notes(task: ExampleTask, model: nn.Module, layers: Sequence[Tracked
     if share < 0.5:
         notes.append(f"Note: only {share:.1%} of the parameters of the model's linear layers are tracked")
     return notes
+
+
+def _refuse_ignored_pattern(task: ExampleTask, tracked: set[str]) -> None:
+    others = [name for name in tracked if not re.search(task.tracked_layers, name)]
+    if others:
+        raise UserError(
+            f"{type(task).__name__} names its layers itself, and {min(others)} is not of --tracked_layers "
+            f"{task.tracked_layers!r}: leave that flag out"
+        )
 
 
 def _refuse_forgotten_blocks(task: ExampleTask, model: nn.Module, tracked: set[str], could_be: Sequence[str]) -> None:

@@ -50,7 +50,7 @@ class TransformerTask(PretrainedTask):
 
     @abstractmethod
     def model_inputs(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
-        """The arguments of the model's forward pass, without labels, as far as it accepts them."""
+        """The arguments of the model's forward pass; see `accepted`."""
 
     @abstractmethod
     def labels(self, batch: Batch) -> Tensor:
@@ -108,6 +108,12 @@ class TransformerTask(PretrainedTask):
     def known(self, model: nn.Module) -> Observed:
         """What was observed of the model; of another one, only what it accepts."""
         return self.observed if self._observed_model is model else Observed(accepted_arguments(model))
+
+    def accepted(self, model: nn.Module, **inputs: Any) -> dict[str, Any]:
+        """Of these arguments, and that nothing is kept for generating text, those that the model takes."""
+        names = self.known(model).accepts
+        inputs = {"use_cache": False, **inputs}
+        return {key: value for key, value in inputs.items() if key in names and value is not None}
 
     def run(self, model: nn.Module, batch: Batch):
         """The model's output."""
@@ -168,7 +174,7 @@ class TransformerTask(PretrainedTask):
 
     def training_loss(self, model, batch):
         """The model's own."""
-        return model(**self.model_inputs(unwrapped(model), batch), labels=self.labels(batch)).loss
+        return model(**self.model_inputs(unwrapped(model), batch) | {"labels": self.labels(batch)}).loss
 
     # ---------------------------------------------------------------------------------------------------------- data
 

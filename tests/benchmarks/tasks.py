@@ -3,6 +3,8 @@
 Each class says of one example, beside our own contract: how to sample labels, and what the peer gets to see.
 """
 
+from functools import cached_property
+
 import torch
 import torch.nn.functional as F
 from kronfluence.task import Task
@@ -123,6 +125,15 @@ class SummaryPeer(PeerTask):
         return self.compute_train_loss(batch, model)
 
 
+class NoTokenizer:
+    """Where tokens are read, none is needed."""
+
+    pad_token_id = None
+
+    def __len__(self):
+        return 0
+
+
 class BenchmarkedWikiText(BenchmarkedTask, WikiTextTask):
     """Next-token prediction on whole blocks; from text, or from a file of tokens where no tokenizer is at hand."""
 
@@ -136,6 +147,10 @@ class BenchmarkedWikiText(BenchmarkedTask, WikiTextTask):
     def add_arguments(parser):
         WikiTextTask.add_arguments(parser)
         parser.add_argument("--tokens", help="file of tests/benchmarks/gpu_inputs.py in place of dataset and tokenizer")
+
+    @cached_property
+    def tokenizer(self):
+        return NoTokenizer() if self.tokens else super().tokenizer
 
     def config_values(self):
         return {} if self.tokens else super().config_values()

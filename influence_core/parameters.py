@@ -1,0 +1,87 @@
+"""Whether a layer's inputs and output gradients make all of its parameters' gradient: proven on one example.
+
+They do where the layer computes its matrix, and nothing else reads the parameters. A weight that is also used without
+the layer being called (tied by computation, merged with an adapter's), a forward pass replaced on the instance, a hook
+that changes what comes out: all give scores of something else, without a word.
+
+Cost: a forward and backward pass with the gradients of parameters; each is let go of as soon as it is compared.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from influence_core.captured import Captured
+from influence_core.errors import UserError
+from influence_core.layers import TrackedLayer
+from influence_core.precision import Precision
+from influence_core.task import Batch
+
+
+def refuse_other_uses(
+    model: nn.Module,
+    layers: Sequence[TrackedLayer],
+    loss_function,
+    batch: Batch,
+    captured: Mapping[str, Captured],
+    precision: Precision,
+    tolerances: tuple[float, float],
+) -> None:
+    """Raise UserError for the first layer whose parameters get another gradient than its own calls make.
+
+    Args:
+        captured: what the engine saw of the batch.
+        tolerances: rounding, as shares of a gradient and of the largest one.
+    """
+    compared: dict[str, tuple[float, float, float]] = {}  # {layer: (difference, its norm, rounding of the product)}
+    epsilon = torch.finfo(precision.operand_dtype).eps
+
+    def compare(layer: TrackedLayer, parameter: nn.Parameter, size: float) -> None:
+        seen = captured[layer.name]
+        ours = layer.parameter_gradient(parameter, seen.activations, seen.output_gradients)
+        theirs = torch.zeros_like(ours) if parameter.grad is None else parameter.grad.to(ours.dtype)
+        new = (float((ours - theirs).norm()), float(max(ours.norm(), theirs.norm())), 10 * epsilon * size)
+        compared[layer.name] = tuple(map(max, compared.get(layer.name, new), new))
+
+    state = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    pending, handles = {}, []
+    model.requires_grad_(False).eval()
+    for layer in layers:
+        seen = captured[layer.name]
+        size = float(seen.activations.norm()) * float(seen.output_gradients.norm())
+        for parameter in layer.module.parameters(recurse=False):
+            parameter.grad = None
+            pending[parameter] = (layer, size)
+
+    def arrived(parameter: nn.Parameter) -> None:
+        layer, size = pending.pop(parameter)
+        compare(layer, parameter, size)
+        parameter.grad = None
+
+    try:
+        for parameter in list(pending):
+            parameter.requires_grad_(True)
+            handles.append(parameter.register_post_accumulate_grad_hook(arrived))
+        with torch.enable_grad(), precision.autocast(next(model.parameters()).device):
+            loss_function(model, batch).backward()
+        for parameter, (layer, size) in pending.items():  # those that no gradient reached
+            compare(layer, parameter, size)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, requires_grad, grad in state:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
+        for module, training in modes:
+            module.training = training
+    largest = max(norm for _, norm, _ in compared.values())
+    relative, of_largest = tolerances
+    for name, (difference, norm, rounding) in compared.items():
+        if difference > relative * norm + of_largest * largest + rounding:
+            raise UserError(
+                f"the gradient of layer {name}'s parameters is not what its calls make (by {difference / norm:.1g} of "
+                "it): they are used elsewhere too (tied by computation, merged with an adapter's), or the layer "
+                "computes something else than its matrix; leave it out of the tracked layers"
+            )
