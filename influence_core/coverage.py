@@ -9,13 +9,26 @@ from influence_core.layers import TrackedLayer, trackable_layer_names
 
 def describe_coverage(model: nn.Module, layers: Sequence[TrackedLayer]) -> str:
     """Layers and parameters that are tracked, their share of the model's and of the trained ones, and all the rest."""
+    rest = left_out(model, layers)
+    tracked = sum(layer.num_parameters for layer in layers)
+    whole = tracked + sum(rest.values())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    of_trained = " (all trained)" if trained == whole else ""
+    if 0 < trained < whole:
+        of_trained = f" and {tracked / trained:.1%} of the trained {trained:,}"
+    shares = ", ".join(f"{kind} {count / whole:.1%}" for kind, count in rest.items()) or "none"
+    return (
+        f"{len(layers)} layers, {tracked:,} parameters, {tracked / whole:.1%} of the model's {whole:,}{of_trained}; "
+        f"left out: {shares}"
+    )
+
+
+def left_out(model: nn.Module, layers: Sequence[TrackedLayer]) -> dict[str, int]:
+    """{kind of layer: parameters} of all that is not tracked, the most first."""
     head = output_head(model)
     of_head = set(map(id, head.parameters())) if head is not None else set()
-    tracked_ids = {id(parameter) for layer in layers for parameter in layer.module.parameters(recurse=False)}
-    trackable = set(trackable_layer_names(model))
-    seen, left_out, trained = set(tracked_ids), dict[str, int](), 0
-    for parameter in model.parameters():
-        trained += parameter.numel() * parameter.requires_grad
+    seen = {id(parameter) for layer in layers for parameter in layer.module.parameters(recurse=False)}
+    trackable, counts = set(trackable_layer_names(model)), dict[str, int]()
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             if id(parameter) in seen:
@@ -24,15 +37,8 @@ def describe_coverage(model: nn.Module, layers: Sequence[TrackedLayer]) -> str:
             kind = "other linear layers" if name in trackable else _kind(module)
             if id(parameter) in of_head:
                 kind = "head" if module is head else f"{kind} tied to the head"
-            left_out[kind] = left_out.get(kind, 0) + parameter.numel()
-    tracked = sum(layer.num_parameters for layer in layers)
-    whole = tracked + sum(left_out.values())
-    of_trained = f" and {tracked / trained:.1%} of the trained {trained:,}" if 0 < trained < whole else ""
-    shares = [f"{kind} {count / whole:.1%}" for kind, count in sorted(left_out.items(), key=lambda item: -item[1])]
-    return (
-        f"{len(layers)} layers, {tracked:,} parameters, {tracked / whole:.1%} of the model's {whole:,}{of_trained}"
-        f"{'' if of_trained else ' (all trained)' if trained else ''}; left out: " + (", ".join(shares) or "none")
-    )
+            counts[kind] = counts.get(kind, 0) + parameter.numel()
+    return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

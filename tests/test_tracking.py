@@ -62,7 +62,7 @@ def test_a_pattern_narrows_it(llama):
 
 @pytest.mark.parametrize(
     "pattern, message",
-    [("mlp(", "no regular expression"), ("lm_head", "no layer .* --tracked_layers 'lm_head' matches; it has: model")],
+    [("mlp(", "no regular expression"), ("lm_head", "no layer that --tracked_layers 'lm_head' matches: it has model")],
 )  # fmt: skip
 def test_patterns_that_name_nothing(llama, pattern, message):
     with pytest.raises(UserError, match=message):
@@ -70,12 +70,13 @@ def test_patterns_that_name_nothing(llama, pattern, message):
 
 
 def test_layers_that_can_t_be_told_apart_by_example_are_named(deberta):
-    """DeBERTa's layers of relative positions are applied once: left out in a line, refused where they are asked for."""
+    """DeBERTa's layers of relative positions are applied once: left out in a line, or refused."""
     task, names = narrowed(models.RandomChoices, deberta)
     assert not any("pos_" in name for name in names) and len(names) == 2 * 6 + 2
     (note,) = coverage_notes(task, deberta, find_tracked_layers(deberta, names), was_asked=False)
     assert "layer.*.attention.self.pos_key_proj" in note and "applied once for all examples" in note
-    with pytest.raises(UserError, match=r"matches \S+pos_key_proj and 3 more, which can't be tracked: applied once"):
+    assert narrowed(models.RandomChoices, deberta, "encoder")[1] == names[:-2]
+    with pytest.raises(UserError, match=r"no layer that can be tracked: \S+pos_key_proj, that .* is applied once"):
         narrowed(models.RandomChoices, deberta, "pos_")
 
 
@@ -133,6 +134,14 @@ def test_layers_of_other_kinds_are_named():
     assert "Conv2d" in describe_coverage(model, find_tracked_layers(model, ["0"]))
 
 
+def test_a_model_without_a_layer_that_can_be_tracked():
+    """Falcon's are a class of their own, which could compute anything."""
+    sizes = {"vocab_size": models.VOCABULARY, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = make_model(hf.AutoModelForCausalLM, hf.FalconConfig(**sizes))
+    with pytest.raises(UserError, match="FalconForCausalLM has no layer that can be tracked: its .* of FalconLinear, "):
+        narrowed(models.RandomCausal, model)
+
+
 class OfRoberta(models.RandomChoices):
     """A choice of layers by the names of one architecture."""
 
@@ -178,7 +187,7 @@ def test_the_scripts_say_and_refuse_it(checkpoint, tmp_path):
     assert "Note: only 8." in out and "parameters of the model's linear layers are tracked" in out
     out = run("analyze", *flags, tmp_path / "asked", "--tracked_layers", r"attn\.c_proj").ok()
     assert "tracked  1 layers, 272 parameters" in out and "Note: only" not in out
-    run("analyze", *flags, tmp_path / "none", "--tracked_layers", "q_proj").error("q_proj", "it has: transformer.h.0")
+    run("analyze", *flags, tmp_path / "none", "--tracked_layers", "q_proj").error("q_proj", "it has transformer.h.0")
     flags[3] = two_blocks = tmp_path / "two_blocks"
     train = ["--config_overrides", "n_layer=2,n_embd=16,n_head=2,n_positions=32", "--vocab_size", "400"]
     train += ["--block_size", "32", "--num_train", "8", "--num_train_epochs", "0"]

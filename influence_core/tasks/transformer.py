@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from influence_core.coverage import left_out
 from influence_core.errors import UserError, first_line
 from influence_core.task import EXAMPLE_INDEX, Batch
 from influence_core.tasks.example import is_main_process
@@ -66,16 +67,17 @@ class TransformerTask(PretrainedTask):
         except re.error as error:
             raise UserError(f"--tracked_layers {self.tracked_layers!r} is no regular expression: {error}") from None
         names = list(filter(pattern.search, observed.streams))
-        unfit = {name: reason for name, reason in observed.unfit.items() if pattern.search(name)}
-        if unfit and self.tracked_layers:
-            name, reason = next(iter(unfit.items()))
-            more = f" and {len(unfit) - 1} more" if len(unfit) > 1 else ""
-            raise UserError(f"--tracked_layers matches {name}{more}, which can't be tracked: {reason}; leave it out")
-        if not names:
-            of_names = f" of those that --tracked_layers {self.tracked_layers!r} matches" if self.tracked_layers else ""
-            have = ", ".join(list(observed.streams)[:8]) or observed.describe_unfit() or "no nn.Linear or Conv1D"
-            raise UserError(f"no layer of this {type(model).__name__} can be tracked{of_names}; it has: {have}")
-        return names
+        if names:
+            return names
+        unfit = next(filter(pattern.search, observed.unfit), None)
+        if self.tracked_layers and unfit:
+            have = f"that can be tracked: {unfit}, that --tracked_layers matches, is {observed.unfit[unfit]}"
+        elif self.tracked_layers and observed.streams:
+            have = f"that --tracked_layers {self.tracked_layers!r} matches: it has {', '.join(observed.streams)}"
+        else:
+            have = f"that can be tracked: its parameters are of {', '.join(left_out(model, []))}"
+            have += f"; {observed.describe_unfit()}" if observed.unfit else ""
+        raise UserError(f"this {type(model).__name__} has no layer {have}")
 
     def position_mask(self, batch, layer_name):
         """Of the stream that the layer was seen to read."""

@@ -50,7 +50,8 @@ SETTINGS = {
     "C": {
         "task": "swag_roberta", "dataset_name_or_path": "../shared/data/swag", "dataset_config": "regular",
         "tokenizer_name_or_path": "../shared/models/roberta-tokenizer", "max_length": 128,
-        "config_overrides": "num_hidden_layers=4,hidden_size=256,num_attention_heads=4,intermediate_size=1024",
+        "config_overrides": "num_hidden_layers=4,hidden_size=256,num_attention_heads=4,intermediate_size=1024,"
+        "type_vocab_size=1",
         "num_train": 256, "num_queries": 64,
     },
     "D": {
