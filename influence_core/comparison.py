@@ -83,7 +83,7 @@ class Comparison:
             self._compare_losses(loss, what, alone, together)
             self._compare_layers(loss, what, alone, together)
         if not self.has_narrow_weights:  # of which half precision has copies
-            self._prove_parameters(loss, alone[0])
+            self._prove_parameters(loss, max(alone, key=self._size))
         return summaries
 
     def _summary(self, ran: _Ran) -> tuple[float, Tensor]:
@@ -116,6 +116,10 @@ class Comparison:
         watch.look()
         return _Ran(batch, float(value), captured)
 
+    def _size(self, ran: _Ran) -> float:
+        """Of all output gradients together."""
+        return sum(float(captured.output_gradients.double().square().sum()) for captured in ran.captured.values())
+
     def _prove_parameters(self, loss: LossFunction, ran: _Ran) -> None:
         study = self.study
         try:
@@ -124,6 +128,9 @@ class Comparison:
             if not is_out_of_memory(error):
                 raise
             study.runtime.release_cached_memory()
+            study.runtime.print(
+                "Note: no room for the gradients of parameters: that layers make all of them is unproven"
+            )
 
     def _compare_losses(self, loss: LossFunction, what: str, alone: list[_Ran], together: _Ran) -> None:
         first, second = (ran.loss for ran in alone)

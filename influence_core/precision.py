@@ -9,9 +9,9 @@ bfloat16: operands of products (model, per-sample gradients, scores) rounded to 
 float64:  everything in float64, for tests.
 
 On a GPU the model runs under autocast. On a CPU (where most multiply bfloat16 hundreds of times slower than float32) it
-is emulated: inputs, weights and outputs of the tracked layers and of the head, and the operands of the influence
-products, are rounded to bfloat16 and multiplied in float32, which is what matrix units compute. It saves no time there;
-it shows what half precision does to the numbers.
+is emulated: inputs, weights and outputs of the tracked layers and of a head that is a matrix, and the operands of the
+influence products, are rounded to bfloat16 and multiplied in float32, which is what matrix units compute. It saves no
+time there; it shows what half precision does to the numbers.
 """
 
 import contextlib
@@ -113,6 +113,11 @@ class Precision:
 
 
 _ACTIVE: ContextVar[Precision | None] = ContextVar("active_precision", default=None)
+
+
+def is_in_pass() -> bool:
+    """Whether a pass of the engine runs the model right now."""
+    return _ACTIVE.get() is not None
 
 
 def active_precision(x: Tensor) -> Precision:

@@ -67,13 +67,16 @@ ENCODER_DECODERS = {
     "BART": hf.BartConfig(**BART),
     "Marian": hf.MarianConfig(**BART),
     "Pegasus": hf.PegasusConfig(**BART),
+    "Switch (experts by layer)": hf.SwitchTransformersConfig(
+        **T5, num_decoder_layers=1, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, num_experts=4
+    ),
     "M2M-100 (shifts labels itself)": hf.M2M100Config(**BART),
 }
 
 # Computed in float32 inside, whatever the model's own format: a norm, a softmax or a table of positions.
 PARTLY_FLOAT32 = {
     "Llama", "Qwen2", "Qwen3", "Phi-3", "Gemma-2 (soft cap)", "Granite (scaled logits)", "GPT-Neo", "BLOOM",
-    "Mixtral (experts)", "Qwen2-MoE (flattened shared expert)",
+    "Mixtral (experts)", "Qwen2-MoE (flattened shared expert)", "Switch (experts by layer)",
 }  # fmt: skip
 # In float64 what these add to a masked score is infinite in float32, where they take the softmax: padding on the left,
 # that sees nothing but itself, is then NaN.

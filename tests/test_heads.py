@@ -67,7 +67,7 @@ def test_a_head_is_a_matrix_only_where_nothing_else_makes_the_logits():
 def test_which_heads_are(name, is_matrix):
     task, model = models.RandomCausal(), make_model(hf.AutoModelForCausalLM, CAUSAL[name])
     assert task.observe(model).head_is_matrix is is_matrix
-    assert task.observed.loss_is_mean
+    assert task.observe(model).loss_is_mean
 
 
 def test_a_loss_of_more_than_the_tokens_is_trained_and_said(capsys):

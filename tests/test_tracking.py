@@ -98,7 +98,7 @@ def test_layers_that_read_no_stream(make, message):
         model.transformer.h[1].register_forward_pre_hook(beside)
     task, names = narrowed(models.RandomCausal, model)
     assert "extra" not in names and len(names) == 2 * 4
-    assert message in task.observed.unfit["extra"]
+    assert message in task.observe(model).unfit["extra"]
 
 
 # -------------------------------------------------------------------------------------------------------- coverage

@@ -25,6 +25,7 @@ class CausalLMTask(LanguageModelTask):
 
     auto_model, config_class = AutoModelForCausalLM, GPT2Config
     tokenizer_style, pads = "gpt2", False  # many have no pad token, and what is padding is masked whatever stands there
+    one_example_a_row = False
     position_limits = {"input_ids": "block_size"}
     count_name = "positions"
     joins_rows = True  # the texts of `rows_at_once` rows, end to end; what remains after the last block is dropped
@@ -32,7 +33,6 @@ class CausalLMTask(LanguageModelTask):
     def __init__(self, block_size, **flags):
         super().__init__(**flags)
         self.block_size = block_size
-        self.one_example_a_row = not self.joins_rows
         if block_size < 2:
             raise UserError(f"--block_size must be at least 2, so that there is a next token, not {block_size}")
 
@@ -48,8 +48,12 @@ class CausalLMTask(LanguageModelTask):
         texts = [row[column] for row in rows]
         if self.joins_rows:
             return [{"input_ids": block} for block in self.blocks(texts)]
-        tokens = ({"input_ids": torch.as_tensor(row).long()} for row in self.tokens(texts, self.block_size))
-        return [example | topic_of(row) for example, row in zip(tokens, rows)]
+        tokens = self.tokens(texts, self.block_size)
+        for text, ids in zip(texts, tokens):
+            if len(ids) < 2:
+                raise UserError(f"the text {text[:40]!r} has {len(ids)} tokens, and it takes two to predict one: leave "
+                                "such rows out")  # fmt: skip
+        return [{"input_ids": torch.as_tensor(ids).long()} | topic_of(row) for ids, row in zip(tokens, rows)]
 
     def blocks(self, texts: list[str]) -> list[Tensor]:
         """The texts joined and cut into whole blocks."""
@@ -80,8 +84,8 @@ class CausalLMTask(LanguageModelTask):
     def has_lengths(self):
         return not self.joins_rows
 
-    def resized(self, example, lengths):
-        return {"input_ids": super().resized(example, lengths)["input_ids"]}
+    def resized(self, example, lengths, tokens):
+        return {"input_ids": super().resized(example, lengths, tokens)["input_ids"]}
 
     def describe(self, example):
         return self.tokenizer.decode(example["input_ids"]).strip()
@@ -102,9 +106,20 @@ class CausalLMTask(LanguageModelTask):
 
     @torch.no_grad()
     def observe_head(self, model, batch, observed):
-        """Also whether the model counts positions from zero, so that it can be told them."""
+        """Also whether the model counts positions from zero, so that it can be told them, and sees no later token."""
+        inputs = self.model_inputs(model, batch)
+        tokens = batch["input_ids"].clone()
+        tokens[:, -1] = tokens[:, 0]
+        with undisturbed(model):
+            before, after = (
+                model(**inputs | {"input_ids": ids}).logits[:, :-1] for ids in (batch["input_ids"], tokens)
+            )
+        if (before - after).norm() > 1e-3 * before.norm():
+            raise UserError(
+                f"this {type(model).__name__} is no causal language model: what it says of a token depends on later "
+                "ones (its config may lack is_decoder)"
+            )
         if "position_ids" in observed.accepts:
-            inputs = self.model_inputs(model, batch)
             told = inputs | {
                 "position_ids": torch.arange(batch["input_ids"].shape[1], device=model.device).unsqueeze(0)
             }

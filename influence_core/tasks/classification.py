@@ -1,7 +1,8 @@
 """What tasks share that choose one of several classes: of a text, or of the endings of a question."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,8 +11,10 @@ from torch.nn.functional import cross_entropy
 
 from influence_core.errors import UserError
 from influence_core.task import EXAMPLE_INDEX, Batch
+from influence_core.tasks.columns import Label
 from influence_core.tasks.example import MEASUREMENT
 from influence_core.tasks.pretrained import PretrainedTask
+from influence_core.tasks.small_batches import resize
 from influence_core.tasks.transformer import TransformerTask, pad
 
 
@@ -35,6 +38,16 @@ class ClassificationTask(TransformerTask):
     def add_arguments(parser):
         PretrainedTask.add_arguments(parser)
         parser.add_argument("--max_length", type=int, help="tokens of a row; longer ones are cut")
+
+    @property
+    def label_column(self) -> str:
+        """The column of labels."""
+        (column,) = (name for name, kind in self.columns.items() if isinstance(kind, Label))
+        return column
+
+    def label(self, row: Mapping[str, Any]) -> int:
+        """The class of a row, as the dataset counts them."""
+        return self.columns[self.label_column].index(row[self.label_column])
 
     def config_values(self):
         # Some count positions from the padding's index on.
@@ -61,6 +74,12 @@ class ClassificationTask(TransformerTask):
     def class_of(self, example: dict) -> int:
         """The example's class, as the model counts them."""
         return example["label"]
+
+    def resized(self, example, lengths, tokens):
+        resized = super().resized(example, lengths, tokens)
+        if "token_type_ids" in example:
+            resized["token_type_ids"] = resize(example["token_type_ids"], lengths["input_ids"])
+        return resized
 
     def length(self, example):
         return max(map(len, self.rows_of(example["input_ids"])))

@@ -46,7 +46,8 @@ class LanguageModelTask(TransformerTask):
             mean = self.scores(model, batch).loss(targets) / (targets != IGNORED).sum()
             # Some language models compare each position with its own label: they are given those of the next.
             of_labels = (model(**inputs | {"labels": labels}).loss for labels in (self.labels(batch), targets))
-            observed.loss_is_mean = any(bool((own - mean).abs() <= 1e-3 * mean.abs()) for own in of_labels)
+            rounding = 1e-5 if next(model.parameters()).itemsize >= 4 else 1e-2
+            observed.loss_is_mean = any(bool((own - mean).abs() <= rounding * mean.abs()) for own in of_labels)
         if not observed.loss_is_mean and is_main_process():
             print(MORE_THAN_TOKENS)
 

@@ -86,8 +86,8 @@ def new_model(
     except Exception as error:
         raise _no_model(error) from None
     if is_main_process():
-        size = f"{config.num_hidden_layers} layers of {config.hidden_size}, vocabulary {config.vocab_size}"
-        print(f"Training from scratch: {size}")
+        sizes = [getattr(config, name, "?") for name in ("num_hidden_layers", "hidden_size", "vocab_size")]
+        print("Training from scratch: {} layers of {}, vocabulary {}".format(*sizes))
     return model
 
 

@@ -14,7 +14,6 @@ class MultipleChoiceTask(ClassificationTask):
 
     auto_model, config_class = AutoModelForMultipleChoice, RobertaConfig
     num_choices: ClassVar[int]
-    label_column: ClassVar[str] = "label"
 
     def __init_subclass__(cls, **options):
         # The endings' gradients add up, so the engine may lay their rows end to end; post_process_per_sample_gradient
@@ -31,7 +30,7 @@ class MultipleChoiceTask(ClassificationTask):
         pairs = [pair for row in rows for pair in self.choices(row)]
         encoded = self.encode(*zip(*pairs))
         return [
-            {**row, "label": row[self.label_column]}
+            {**row, "label": self.label(row)}
             | {name: x[self.num_choices * number : self.num_choices * (number + 1)] for name, x in encoded.items()}
             for number, row in enumerate(rows)
         ]

@@ -1,6 +1,6 @@
-"""What a model says of itself when it is run: which stream of the batch each layer reads, and what its head computes.
+"""What a model says of itself when it is run: which stream of the batch each layer reads.
 
-Two small batches that differ in the number of rows and of positions go through the model. A layer whose inputs follow
+Small batches that differ in the number of rows and of positions go through the model. A layer whose inputs follow
 the positions of a stream (tokens; source or target) reads that stream; one that has one position a row, in both, reads
 none. So nothing has to be known of the names or the making of a model, and what can't be told apart by example is found
 before it is tracked.
@@ -18,11 +18,13 @@ from torch import nn
 
 from influence_core.coverage import output_head
 from influence_core.layers import trackable_layer_names
+from influence_core.runtime import is_out_of_memory
 from influence_core.task import Batch
 
 Run = Callable[[nn.Module, Batch], object]
 Shapes = Mapping[str, tuple[int, int]]  # {stream: (rows, positions)} of a batch
 
+PICKED = "applied once for all examples, or to positions picked from several"
 ONE_POSITION = ""  # in place of a stream: one position a row, that of a pooler or a classifier
 
 
@@ -67,22 +69,19 @@ def observe_layers(model: nn.Module, run: Run, batches: Sequence[tuple[Batch, Sh
     """Note in `observed` what each layer that could be tracked reads."""
     head = output_head(model)
     names = [name for name in trackable_layer_names(model) if model.get_submodule(name) is not head]
-    found: dict[str, set[str]] = {}
-    reasons: dict[str, str] = {}
-    for batch, shapes in batches:
-        inputs = _inputs_of_layers(model, names, run, batch)
-        for name in names:
-            for shape in inputs[name]:
-                streams = _streams_of(shape, shapes)
-                found[name] = found.get(name, streams) & streams
-                reasons.setdefault(name, _why_unfit(shape, shapes))
+    runs = [(_inputs_of_layers(model, names, run, batch), shapes) for batch, shapes in batches]
     for name in names:
-        if name not in found:
+        calls = [(shape, shapes) for inputs, shapes in runs for shape in inputs[name]]
+        streams = [_streams_of(shape, shapes) for shape, shapes in calls]
+        if not calls:
             observed.unfit[name] = "not called"
-        elif len(found[name]) != 1:
-            observed.unfit[name] = reasons[name]
+        elif not all(inputs[name] for inputs, _ in runs):
+            observed.unfit[name] = PICKED
+        elif len(common := set.intersection(*streams)) == 1:
+            (observed.streams[name],) = common
         else:
-            (observed.streams[name],) = found[name]
+            reasons = (_why_unfit(*call) for call, which in zip(calls, streams) if not which)
+            observed.unfit[name] = next(reasons, PICKED)
 
 
 def _inputs_of_layers(model: nn.Module, names: Sequence[str], run: Run, batch: Batch) -> dict[str, list[torch.Size]]:
@@ -122,7 +121,7 @@ def _streams_of(shape: torch.Size, shapes: Shapes) -> set[str]:
 def _why_unfit(shape: torch.Size, shapes: Shapes) -> str:
     num_rows = {rows for rows, _ in shapes.values()}
     if shape[0] == 1 or len(shape) == 2:
-        return "applied once for all examples, or to positions picked from several"
+        return PICKED
     if shape[0] not in num_rows and len(shape) > 2 and shape[1] in num_rows:
         return "its rows come second"
     return "sees other positions than the batch has"
@@ -133,7 +132,10 @@ class _Reached(Exception):
 
 
 def can_embed(model: nn.Module, run: Run, batch: Batch, layers: Sequence[str]) -> bool:
-    """Whether a batch of so many positions gets as far as the first of the layers: the model has positions enough."""
+    """Whether a batch of so many positions gets as far as the first of the layers: the model has positions enough.
+
+    Without layers, all of the model is run.
+    """
 
     def stop(module, arguments):
         raise _Reached
@@ -144,8 +146,8 @@ def can_embed(model: nn.Module, run: Run, batch: Batch, layers: Sequence[str]) -
             run(model, batch)
     except _Reached:
         pass
-    except Exception:  # an index out of range, or shapes that do not fit, as each model has it
-        return False
+    except Exception as error:  # an index out of range, or shapes that do not fit, as each model has it
+        return is_out_of_memory(error)
     finally:
         for handle in handles:
             handle.remove()

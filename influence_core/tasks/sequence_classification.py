@@ -25,21 +25,20 @@ class SequenceClassificationTask(ClassificationTask):
     class_ids: list[int] | None = None  # the model's number of each class of the dataset; None: the same
 
     @property
-    def label_column(self) -> str:
-        (column,) = (name for name, kind in self.columns.items() if isinstance(kind, Label))
-        return column
-
-    @property
     def label_kind(self) -> Label:
         return self.columns[self.label_column]
 
     @cached_property
     def class_names(self) -> list[str]:
         """Of the column's kind, or of the dataset itself; empty where neither knows them."""
-        if self.label_kind.names or self.is_demo or self.dataset_source is None:
-            return list(self.label_kind.names)
-        names = getattr(self.rows("train").features[self.label_column], "names", None) or []
-        return list(names) if len(names) == self.label_kind.num_classes else []
+        given = list(self.label_kind.names)
+        if self.is_demo or self.dataset_source is None:
+            return given
+        stored = list(getattr(self.rows("train").features[self.label_column], "names", None) or [])
+        if given and given != stored and sorted(given) == sorted(stored):
+            raise UserError(f"the dataset's classes are {', '.join(stored)}, in this order: the task has them as "
+                            f"{', '.join(given)}")  # fmt: skip
+        return given or (stored if len(stored) == self.label_kind.num_classes else [])
 
     # --------------------------------------------------------------------------------------------------------- model
 
@@ -61,6 +60,7 @@ class SequenceClassificationTask(ClassificationTask):
 
     def _match_classes(self, config: PretrainedConfig) -> None:
         """Number the classes as the config does, or name them where it has no names."""
+        self.class_ids = None
         theirs = [config.id2label[number] for number in range(config.num_labels)]
         if all(map(UNNAMED.fullmatch, theirs)):
             config.id2label = dict(enumerate(self.class_names))
@@ -79,7 +79,7 @@ class SequenceClassificationTask(ClassificationTask):
     def tokenized(self, rows):
         texts = [[row[name] for row in rows] for name, kind in self.columns.items() if isinstance(kind, Text)]
         encoded = self.encode(*texts)
-        labels = [self.label_kind.index(row[self.label_column]) for row in rows]
+        labels = list(map(self.label, rows))
         return [
             {name: column[number] for name, column in encoded.items()} | {"label": label} | topic_of(rows[number])
             for number, label in enumerate(labels)

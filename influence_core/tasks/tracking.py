@@ -43,7 +43,10 @@ def coverage_notes(task: ExampleTask, model: nn.Module, layers: Sequence[Tracked
 
 
 def _refuse_ignored_pattern(task: ExampleTask, tracked: set[str]) -> None:
-    others = [name for name in tracked if not re.search(task.tracked_layers, name)]
+    try:
+        others = [name for name in tracked if not re.search(task.tracked_layers, name)]
+    except re.error as error:
+        raise UserError(f"--tracked_layers {task.tracked_layers!r} is no regular expression: {error}") from None
     if others:
         raise UserError(
             f"{type(task).__name__} names its layers itself, and {min(others)} is not of --tracked_layers "

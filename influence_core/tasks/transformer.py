@@ -8,6 +8,7 @@ import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from influence_core.coverage import left_out
 from influence_core.errors import UserError, first_line
-from influence_core.task import EXAMPLE_INDEX, Batch
+from influence_core.precision import is_in_pass
+from influence_core.task import Batch
 from influence_core.tasks.example import is_main_process
 from influence_core.tasks.observed import (
     ONE_POSITION,
@@ -25,19 +27,17 @@ from influence_core.tasks.observed import (
     can_embed,
     most_positions,
     observe_layers,
+    undisturbed,
 )
 from influence_core.tasks.pretrained import PretrainedTask
-
-OBSERVED_POSITIONS = (7, 5)  # of the first and the second stream, in the first observed batch; one less in the second
-OBSERVED_ROWS = (2, 3)
+from influence_core.tasks.small_batches import SmallBatches, resize
 
 
 class TransformerTask(PretrainedTask):
     """A task over any model of its kind; examples are dicts, a field of token ids for each stream."""
 
     position_limits: ClassVar[dict[str, str]]  # {stream: attribute and flag that limits its tokens}, at most two
-    observed: Observed | None = None  # of the model that was observed last
-    _observed_model: nn.Module | None = None
+    _asked: tuple[nn.Module, Observed] | None = None  # last
 
     # ---------------------------------------------------------------------------------------- what a kind of task says
 
@@ -56,6 +56,9 @@ class TransformerTask(PretrainedTask):
     @abstractmethod
     def labels(self, batch: Batch) -> Tensor:
         """What the model takes as labels to compute its own loss."""
+
+    def observe_head(self, model: nn.Module, batch: Batch, observed: Observed) -> None:
+        """Note what the head computes, where a task has a use for it."""
 
     # ----------------------------------------------------------------------------------------------- what is tracked
 
@@ -80,36 +83,58 @@ class TransformerTask(PretrainedTask):
         raise UserError(f"this {type(model).__name__} has no layer {have}")
 
     def position_mask(self, batch, layer_name):
-        """Of the stream that the layer was seen to read."""
-        if self.observed is None:
-            raise UserError("no model was observed yet: its masks are known after tracked_layer_names(model)")
-        stream = self.observed.streams.get(layer_name, ONE_POSITION)
+        """Of the stream that the layer was seen to read, in the model that was asked last."""
+        streams, unfit = (self._asked[1].streams, self._asked[1].unfit) if self._asked else ({}, {})
+        if layer_name not in streams:
+            reason = unfit.get(layer_name, "the model was not asked, which tracked_layer_names does by default")
+            raise UserError(f"there is no position mask for layer {layer_name}: {reason}")
+        stream = streams[layer_name]
         return None if stream == ONE_POSITION else self.real_positions(batch, stream)
 
     # ---------------------------------------------------------------------------------------------- asking the model
 
     def observe(self, model: nn.Module) -> Observed:
-        """What the model says when two small batches are run, once for each model."""
-        if self._observed_model is not model:
+        """What the model says when small batches are run, once for each model.
+
+        The model is left as it was, but for what it changes itself when it runs (at a short text BigBird gives up its
+        sparse attention for good).
+        """
+        if model not in self._observed:
             observed = Observed(accepted_arguments(model))
-            batches = [self._small_batch(model, number) for number in range(len(OBSERVED_ROWS))]
-            shapes = [{name: tuple(x.shape) for name, x in self.streams(batch).items()} for batch in batches]
-            self._observed_model, self.observed = model, observed
+            before, self._asked = self._asked, (model, observed)
             try:
+                batches = SmallBatches(self, model).all()
+                shapes = [{name: tuple(x.shape) for name, x in self.streams(batch).items()} for batch in batches]
                 observe_layers(model, self.run, list(zip(batches, shapes)), observed)
                 self.observe_head(model, batches[0], observed)
             except Exception as error:  # whatever a model raises
-                self._observed_model = None
+                self._asked = before
+                if isinstance(error, UserError):
+                    raise
                 what = f"a {type(model).__name__} can't be run on the examples of {self.name}"
                 raise UserError(f"{what}: {first_line(error)}") from error
-        return self.observed
+            self._observed[model] = observed
+        self._asked = (model, self._observed[model])
+        return self._observed[model]
 
-    def observe_head(self, model: nn.Module, batch: Batch, observed: Observed) -> None:
-        """Note what the head computes, where a task has a use for it."""
+    @property
+    def _observed(self) -> WeakKeyDictionary[nn.Module, Observed]:
+        return self.__dict__.setdefault("_observed_models", WeakKeyDictionary())
 
     def known(self, model: nn.Module) -> Observed:
-        """What was observed of the model; of another one, only what it accepts."""
-        return self.observed if self._observed_model is model else Observed(accepted_arguments(model))
+        """What the model said, or says now.
+
+        Raises:
+            UserError: a pass of the engine is under way, which would take the small batches for its own.
+        """
+        if self._asked is not None and self._asked[0] is model:
+            return self._asked[1]
+        if model not in self._observed and is_in_pass():
+            raise UserError(
+                f"the {type(model).__name__} was not asked what its layers read: tracked_layer_names does it by "
+                "default; a task with its own has to call observe(model) there"
+            )
+        return self.observe(model)
 
     def accepted(self, model: nn.Module, **inputs: Any) -> dict[str, Any]:
         """Of these arguments, and that nothing is kept for generating text, those that the model takes."""
@@ -121,56 +146,55 @@ class TransformerTask(PretrainedTask):
         """The model's output."""
         return model(**self.model_inputs(model, batch))
 
+    def resized(self, example: Any, lengths: Mapping[str, int], tokens: Mapping[str, np.ndarray]) -> Any:
+        """The example with these numbers of tokens, those within it taken from `tokens`: for small batches."""
+        return {**example, **{name: resize(example[name], length, tokens[name]) for name, length in lengths.items()}}
+
+    # ------------------------------------------------------------------------------------- the model, fit for the task
+
     def load_model(self, checkpoint_dir):
         model = super().load_model(checkpoint_dir)
-        if self.pads and getattr(model.config, "pad_token_id", None) is None:  # by which some find a row's last token
+        if self.pads:  # by which some find a row's last token
             model.config.pad_token_id = self.tokenizer.pad_token_id
         if self.dataset_source is not None:  # else there is nothing to run
             self.observe(model)
             for stream, flag in self.position_limits.items():
                 self._refuse_too_many_positions(model, stream, flag)
+            if self.has_lengths:
+                self._refuse_readers_of_padding(model)
         return model
 
     def _refuse_too_many_positions(self, model: nn.Module, stream: str, flag: str) -> None:
         wanted = getattr(self, flag)
-        readers = [name for name, read in self.observed.streams.items() if read == stream]
+        trained_for = getattr(model.config, "max_position_embeddings", None) or wanted
+        readers = [name for name, read in self.known(model).streams.items() if read == stream]
+        if wanted > trained_for:  # then the whole model is run: some look their positions up in each block
+            readers = []
+
+        small = SmallBatches(self, model)
 
         def fits(num_positions: int) -> bool:
-            batch = self._batch(model, 1, self._small_lengths(0) | {stream: num_positions})
-            return can_embed(model, self.run, batch, readers)
+            return can_embed(model, self.run, small.batch(small.lengths() | {stream: num_positions}), readers)
 
         most = most_positions(fits, wanted)
         if most < wanted:
             raise UserError(f"--{flag} {wanted} is more than the model's {most} positions")
-        trained_for = getattr(model.config, "max_position_embeddings", None)
-        if trained_for and wanted > trained_for and is_main_process():
+        if wanted > trained_for and is_main_process():
             print(f"Note: --{flag} {wanted} is more than the {trained_for} positions that the model's config names")
 
-    def _small_lengths(self, number: int) -> dict[str, int]:
-        lengths: dict[str, int] = {}
-        for (stream, flag), positions in zip(self.position_limits.items(), OBSERVED_POSITIONS):
-            length = min(positions, getattr(self, flag))
-            lengths[stream] = length - 1 if length in lengths.values() else length
-        return {stream: length - number for stream, length in lengths.items()}
-
-    def _small_batch(self, model: nn.Module, number: int) -> Batch:
-        return self._batch(model, OBSERVED_ROWS[number], self._small_lengths(number))
-
-    def _batch(self, model: nn.Module, num_rows: int, lengths: Mapping[str, int]) -> Batch:
-        """The first training example so many times, cut or repeated to these numbers of positions."""
-        example = self.load_dataset("train", [0])[0]
-        batch = {**self.collate([self.resized(example, lengths)] * num_rows), EXAMPLE_INDEX: torch.arange(num_rows)}
-        batch.pop("attention_mask", None)  # nothing is padded, but by a collate that pads to a fixed length
-        for stream, length in lengths.items():
-            padded = batch[stream].shape[-1]
-            same = [key for key, x in batch.items() if key not in lengths and x.dim() > 1 and x.shape[-1] == padded]
-            batch |= {key: batch[key][..., :length].contiguous() for key in (stream, *same)}
-        device = next(model.parameters()).device
-        return {key: value.to(device) for key, value in batch.items()}
-
-    def resized(self, example: Any, lengths: Mapping[str, int]) -> Any:
-        """The example with other numbers of tokens, its last token in place."""
-        return {**example, **{stream: resize(example[stream], length) for stream, length in lengths.items()}}
+    @torch.no_grad()
+    def _refuse_readers_of_padding(self, model: nn.Module) -> None:
+        """Before it is trained: the check of the contract would come only after."""
+        small = SmallBatches(self, model)
+        short, long = (small.example(small.lengths(shorter), turn=shorter) for shorter in (1, 0))
+        with undisturbed(model):
+            losses = [self.train_loss(model, small.of(part)) for part in ([short], [long], [short, long])]
+        one, other, both = map(float, losses)
+        if abs(both - one - other) > 1e-3 * (abs(one) + abs(other)):
+            raise UserError(
+                f"padding changes what this {type(model).__name__} says: the losses of two examples are {one:.4g} and "
+                f"{other:.4g} alone, and {both:.4g} together, where one is padded to the other's length"
+            )
 
     # -------------------------------------------------------------------------------------------------------- losses
 
@@ -180,10 +204,10 @@ class TransformerTask(PretrainedTask):
 
     # ---------------------------------------------------------------------------------------------------------- data
 
-    def tokens(self, texts: Sequence[str], max_length: int, pairs: Sequence[str] | None = None) -> list[np.ndarray]:
+    def tokens(self, texts: Sequence[str], max_length: int) -> list[np.ndarray]:
         """Token ids of each text, cut to `max_length`."""
-        rows = self.tokenizer(list(texts), pairs and list(pairs), truncation=True, max_length=max_length, verbose=False)
-        return [np.array(row, dtype=np.int32) for row in rows["input_ids"]]
+        rows = self.tokenizer(list(texts), truncation=True, max_length=max_length, verbose=False)["input_ids"]
+        return [np.array(row, dtype=np.int32) for row in rows]
 
     def text(self, tokens) -> str:
         """Token ids as a person reads them, without special tokens."""
@@ -201,14 +225,6 @@ def topic_of(row: Mapping[str, Any]) -> dict[str, str]:
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model itself, where it is wrapped for several processes."""
     return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-def resize(tokens: Any, length: int) -> Any:
-    """Token ids cut or repeated to a length, the last one kept; of each row, where there are several."""
-    if isinstance(tokens, list) and len(tokens) and np.ndim(tokens[0]):
-        return [resize(row, length) for row in tokens]
-    tokens = np.asarray(tokens)
-    return np.append(np.resize(tokens, length - 1), tokens[-1])
 
 
 def pad(rows: Sequence[Any], value: int) -> Tensor:

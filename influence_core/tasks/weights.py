@@ -63,10 +63,12 @@ def require_a_start(model: nn.Module, found: Differences, what: str) -> str | No
     blocks = Blocks(model)
     missing = [key for key in found.missing if blocks.index(key) or key in _embeddings(model)]
     unexpected = [key for key in found.unexpected if blocks.index(key)]
-    require_whole(model, Differences(missing, unexpected, found.mismatched), what)
+    mismatched = {key: each for key, each in found.mismatched.items() if blocks.index(key) or key in _embeddings(model)}
+    require_whole(model, Differences(missing, unexpected, mismatched), what)
     notes = []
-    if found.missing:
-        notes.append(f"New weights, to be trained: {_listed(found.missing, 8)}")
+    new = [*found.missing, *found.mismatched]  # a head may be of other classes
+    if new:
+        notes.append(f"New weights, to be trained: {_listed(new, 8)}")
     if found.unexpected:
         notes.append(f"{'s' if notes else 'S'}tored weights that are not used: {_listed(found.unexpected, 8)}")
     return "; ".join(notes) or None
