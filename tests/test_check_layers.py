@@ -290,6 +290,30 @@ def test_a_parameter_that_gets_another_gradient_as_well_is_refused(model_class, 
     assert all(matrix.isfinite().all() for matrix in scores.values())
 
 
+class SomeWithoutLoss(OfModel):
+    """Rows of this many tokens carry no loss: their gradients are zero, and prove nothing."""
+
+    def __init__(self, without):
+        super().__init__(UsedTwice)
+        self.without = without
+
+    def train_loss(self, model, batch, sample_labels=None):
+        labels = batch["labels"]
+        with_loss = ((labels != PAD).sum(1, keepdim=True) != self.without) & (labels != PAD)
+        uniforms = None if sample_labels is None else sample_labels.uniforms(batch[EXAMPLE_INDEX], labels.shape[1])
+        hidden = model.hidden(batch["tokens"], labels != PAD)
+        return linear_cross_entropy(hidden, model.head.weight, labels.where(with_loss, PAD), uniforms)
+
+
+@pytest.mark.parametrize("without", [2, 8], ids=["the shortest", "the longest"])
+def test_an_example_without_a_loss_is_no_proof(without, tmp_path):
+    task = SomeWithoutLoss(without)
+    lengths = [task.length(example) for split in ("train", "validation") for example in task.load_dataset(split)]
+    assert min(lengths) == 2 and max(lengths) == 8
+    with pytest.raises(UserError, match="the gradient of layer third's parameters is not what its calls make"):
+        score_tiny(tmp_path, task)
+
+
 def test_the_proof_leaves_the_model_as_it_was(tmp_path):
     """Gradients, what is frozen, and whether it trains."""
     study = make_study(tmp_path)

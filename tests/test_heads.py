@@ -5,11 +5,12 @@ import torch
 import transformers as hf
 from torch import nn
 
+from influence_core.errors import UserError
 from influence_core.tasks.head import head_is_matrix
 from swag_roberta.task import SwagTask
 from tests import models
 from tests.models import CAUSAL, make_model
-from tests.scripts import run
+from tests.scripts import contents, run
 
 SHORT = models.SIZES | {"max_position_embeddings": 20}
 
@@ -70,10 +71,11 @@ def test_which_heads_are(name, is_matrix):
     assert task.observe(model).loss_is_mean
 
 
-def test_a_loss_of_more_than_the_tokens_is_trained_and_said(capsys):
-    """That of a mixture's router; the influence is that of the cross-entropy."""
-    model = make_model(hf.AutoModelForCausalLM, CAUSAL["Mixtral (experts)"], output_router_logits=True,
-                       router_aux_loss_coef=0.5)  # fmt: skip
+@pytest.mark.parametrize("changes", [{}, {"router_aux_loss_coef": 0.5}], ids=["0.001", "0.5"])
+def test_a_loss_of_more_than_the_tokens_is_trained_and_said(changes, capsys):
+    """That of a mixture's router, however small; the influence is that of the cross-entropy."""
+    model = make_model(hf.AutoModelForCausalLM, CAUSAL["Mixtral (experts)"], output_router_logits=True, **changes)
+    assert model.config.router_aux_loss_coef == changes.get("router_aux_loss_coef", 0.001)
     task = models.RandomCausal()
     assert not task.observe(model).loss_is_mean and "more than the mean cross-entropy" in capsys.readouterr().out
     batch = task.collate(task.load_dataset("train")[:3])
@@ -107,12 +109,13 @@ def config_only(config, directory, *flags):
 OF_20 = {
     "GPT-2": hf.GPT2Config(n_embd=8, n_layer=1, n_head=2, n_positions=20),
     "OPT": hf.OPTConfig(**SHORT, ffn_dim=12, word_embed_proj_dim=8),
+    "GPT-J (in each block)": hf.GPTJConfig(n_embd=8, n_layer=1, n_head=2, n_positions=20, rotary_dim=2),
 }
 
 
 @pytest.mark.parametrize("config", OF_20.values(), ids=OF_20)
 def test_more_tokens_than_positions_are_refused(config, tmp_path):
-    """Also where the first two of the table are for other things."""
+    """Also where the first two of a table are for other things, and where each block has its own."""
     run("train", *config_only(config, tmp_path, "--block_size", "32")).error(
         "--block_size 32", "the model's 20 positions"
     )
@@ -131,3 +134,21 @@ def test_rows_that_a_bert_has_no_positions_for(tmp_path):
     flags = config_only(hf.BertConfig(**SHORT), tmp_path, "--config_overrides", "max_position_embeddings=20")
     flags += ["--max_length", "24"]
     run("train", *flags, task_class=SwagTask).error("--max_length 24 is more than the model's 20 positions")
+
+
+@pytest.mark.parametrize("config", [hf.FNetConfig, hf.XLNetConfig])
+def test_models_that_read_padding_are_refused_before_they_are_trained(config, tmp_path):
+    """FNet has no mask at all; XLNet takes the last position for the row's summary, whatever stands there."""
+    sizes = {"hidden_size": 256, "num_hidden_layers": 2, "intermediate_size": 512}
+    if config is hf.XLNetConfig:
+        sizes = {"d_model": 256, "n_layer": 2, "n_head": 2, "d_inner": 512}
+    flags = config_only(config(**sizes), tmp_path, "--max_length", "24", "--num_train", "16")
+    run("train", *flags, task_class=SwagTask).error("padding changes what this", "alone")
+    assert not contents(tmp_path / "checkpoint")
+
+
+def test_a_text_of_one_token_predicts_nothing():
+    task = models.RandomCausal()
+    task.columns, task.tokenizer = {"text": None}, lambda texts, **options: {"input_ids": [[5]] * len(texts)}
+    with pytest.raises(UserError, match="the text 'a' has 1 tokens, and it takes two"):
+        task.tokenized([{"text": "a"}])

@@ -1,14 +1,18 @@
 """What is tracked of any model: by default, narrowed, said, and refused where it would be forgotten or can't be."""
 
+import copy
 import re
 
 import pytest
+import torch
 import transformers as hf
 from torch import nn
 
 from influence_core.coverage import describe_coverage
 from influence_core.errors import UserError
 from influence_core.layers import find_tracked_layers, trackable_layer_names
+from influence_core.precision import Precision
+from influence_core.tasks.small_batches import SmallBatches
 from influence_core.tasks.tracking import coverage_notes
 from tests import models
 from tests.models import CAUSAL, ENCODERS, make_model
@@ -99,6 +103,69 @@ def test_layers_that_read_no_stream(make, message):
     task, names = narrowed(models.RandomCausal, model)
     assert "extra" not in names and len(names) == 2 * 4
     assert message in task.observe(model).unfit["extra"]
+
+
+def test_one_task_and_several_models(llama):
+    """A mask is of the model that was asked last; what each said is kept as long as it lives."""
+    task = models.RandomCausal()
+    gpt2 = make_model(hf.AutoModelForCausalLM, CAUSAL["GPT-2"])
+    batch = task.collate(task.load_dataset("train")[:3])
+    with pytest.raises(UserError, match="no position mask for layer transformer.h.0.attn.c_attn: the model was not"):
+        task.position_mask(batch, "transformer.h.0.attn.c_attn")
+    for model, name in ((gpt2, "transformer.h.0.attn.c_attn"), (llama, "model.layers.0.mlp.up_proj")) * 2:
+        assert name in task.tracked_layer_names(model)
+        assert task.position_mask(batch, name) is batch["attention_mask"]
+    with pytest.raises(UserError, match="no position mask for layer transformer.h.0"):
+        task.position_mask(batch, "transformer.h.0.attn.c_attn")
+    assert task.known(gpt2).streams.keys() == set(task.tracked_layer_names(gpt2))
+
+
+def test_a_copy_of_a_model_is_asked_itself(llama):
+    """But not amid a pass of the engine, whose hooks would take the small batches for the pass's own."""
+    task, copied = models.RandomCausal(), copy.deepcopy(llama)
+    task.tracked_layer_names(llama)
+    batch = task.collate(task.load_dataset("train")[:3])
+    with Precision(torch.float64, torch.float64).autocast(torch.device("cpu")):
+        task.train_loss(llama, batch)
+        with pytest.raises(UserError, match="the LlamaForCausalLM was not asked what its layers read"):
+            task.train_loss(copied, batch)
+    assert float(task.train_loss(copied, batch)) == float(task.train_loss(llama, batch))
+
+
+def test_a_model_that_sees_later_tokens_is_no_causal_one():
+    """A BERT whose config forgot to say that it decodes."""
+    model = make_model(hf.AutoModelForCausalLM, ENCODERS["BERT"])
+    with pytest.raises(UserError, match="this BertLMHeadModel is no causal language model"):
+        narrowed(models.RandomCausal, model)
+    decoder = make_model(hf.AutoModelForCausalLM, ENCODERS["BERT"], is_decoder=True)
+    assert len(narrowed(models.RandomCausal, decoder)[1]) == 2 * 6 + 1
+
+
+class FirstIsBlank(models.RandomCausal):
+    num_blank = 1
+
+    def load_dataset(self, split, indices=None):
+        examples = super().load_dataset(split)
+        return [{"input_ids": torch.zeros(0, dtype=torch.long)}] * self.num_blank + examples[self.num_blank :]
+
+
+class AllAreBlank(FirstIsBlank):
+    num_blank = models.RandomCausal.num_train
+
+
+def test_a_model_is_asked_with_examples_that_have_tokens(llama):
+    assert len(narrowed(FirstIsBlank, llama)[1]) == 2 * 7
+    with pytest.raises(UserError, match="none of the first 1000 training examples has a token"):
+        narrowed(AllAreBlank, llama)
+
+
+@pytest.mark.parametrize("length", [2, 3, 9, 40])
+def test_small_batches_are_of_any_length_and_of_different_tokens(llama, length):
+    small = SmallBatches(models.RandomCausal(), llama)
+    batch = small.batch({"input_ids": length}, turns=range(5))
+    assert batch["input_ids"].shape == (5, length) and "attention_mask" not in batch
+    assert (batch["input_ids"][:, -1] == models.EOS).all() and (batch["input_ids"][:, :-1] != models.EOS).all()
+    assert len({tuple(row) for row in batch["input_ids"].tolist()}) >= 4
 
 
 # -------------------------------------------------------------------------------------------------------- coverage

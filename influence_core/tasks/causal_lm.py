@@ -109,7 +109,7 @@ class CausalLMTask(LanguageModelTask):
         """Also whether the model counts positions from zero, so that it can be told them, and sees no later token."""
         inputs = self.model_inputs(model, batch)
         tokens = batch["input_ids"].clone()
-        tokens[:, -1] = tokens[:, 0]
+        tokens[:, -1] = (tokens[:, -1] - 1).abs()  # another of the vocabulary
         with undisturbed(model):
             before, after = (
                 model(**inputs | {"input_ids": ids}).logits[:, :-1] for ids in (batch["input_ids"], tokens)

@@ -73,7 +73,7 @@ def new_model(
     unknown = [key for key in overrides if not hasattr(default, key)]
     if unknown:
         raise UserError(f"--config_overrides: a {config_class.__name__} has no {', '.join(unknown)}")
-    values = {key: value for key, value in values.items() if hasattr(default, key) or key.endswith("_token_id")}
+    values = {key: value for key, value in values.items() if _takes(default, key, value)}
     values |= overrides
     try:
         derived = _derived_fields(config_class, stored, values)
@@ -89,6 +89,16 @@ def new_model(
         sizes = [getattr(config, name, "?") for name in ("num_hidden_layers", "hidden_size", "vocab_size")]
         print("Training from scratch: {} layers of {}, vocabulary {}".format(*sizes))
     return model
+
+
+def _takes(config: PretrainedConfig, key: str, value: Any) -> bool:
+    """Whether the config has a field that can be set: XLNet's number of positions is one that can only be read."""
+    try:
+        has_field = key.endswith("_token_id") or hasattr(config, key)
+        setattr(config, key, value)
+    except Exception:  # whatever a config's property raises
+        return False
+    return has_field
 
 
 def _derived_fields(config_class: type[PretrainedConfig], stored: Mapping, values: Mapping) -> set[str]:
