@@ -14,7 +14,7 @@ from tests.scripts import run
 
 NAMES = ("art", "code", "war")
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
-WORDS = "the first second third of a text says what it is about and why".split()
+WORDS = ["the", "first", "second", "third", "of", "a", "text", "says", "what", "it", "is", "about", "and", "why"]
 ROWS = [{"text": " ".join(WORDS[i % 5 : i % 5 + 4]), "other": WORDS[i % 7], "label": i % 3} for i in range(40)]
 
 
