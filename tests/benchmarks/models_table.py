@@ -3,7 +3,7 @@
     python -m tests.benchmarks.models_table
 
 Tiny random models in float64, everything tracked that is tracked by default, batches padded; EKFAC against the dense
-reference. It takes three minutes; tests/test_any_model.py asserts the same.
+reference. It takes some minutes; tests/test_any_model.py asserts the same.
 """
 
 import contextlib
