@@ -42,22 +42,25 @@ class SwagTask(MultipleChoiceTask):
             "num_train_epochs": 6,
         },
     }
-    num_choices = len(ENDINGS)
+    endings = ENDINGS
     columns = {
         "sent1": Text(),
         "sent2": Text(),
         **dict.fromkeys(ENDINGS, Text(may_be_blank=False)),
-        "label": Label(num_choices),
+        "label": Label(len(ENDINGS)),
     }
 
     def demo_rows(self, split):
         return demo_questions(split)
 
     def choices(self, row):
-        return [(row["sent1"], f"{row['sent2']} {row[ending]}") for ending in ENDINGS]
+        if "sent2" not in self.columns:
+            return super().choices(row)
+        return [(row["sent1"], f"{row['sent2']} {row[ending]}") for ending in self.endings]
 
     def describe(self, example):
-        lines = [f"{example['sent1']} {example['sent2']} …"]
-        for number, ending in enumerate(ENDINGS):
+        question = " ".join(example[name] for name in ("sent1", "sent2") if name in self.columns)
+        lines = [f"{question} …"]
+        for number, ending in enumerate(self.endings):
             lines.append(f"  {'->' if number == example['label'] else '  '} {example[ending]}")
         return "\n".join(lines)

@@ -150,7 +150,7 @@ class RandomClasses(RandomTokens, SequenceClassificationTask):
 
 
 class RandomChoices(RandomTokens, MultipleChoiceTask):
-    kind, num_choices = "multiple choice", CHOICES
+    kind, endings = "multiple choice", ("a", "b", "c")
 
     def choices(self, row):
         raise NotImplementedError

@@ -15,7 +15,11 @@ from tests.scripts import run
 NAMES = ("art", "code", "war")
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
 WORDS = ["the", "first", "second", "third", "of", "a", "text", "says", "what", "it", "is", "about", "and", "why"]
-ROWS = [{"text": " ".join(WORDS[i % 5 : i % 5 + 4]), "other": WORDS[i % 7], "label": i % 3} for i in range(40)]
+ROWS = [
+    {"text": " ".join(WORDS[i % 5 : i % 5 + 4]), "other": WORDS[i % 7], "third": "a text", "question": "what is it",
+     "label": i % 3}
+    for i in range(40)
+]  # fmt: skip
 
 
 class Topics(SequenceClassificationTask):
@@ -32,11 +36,8 @@ class NumberedPairs(Pairs):
 
 
 class Guesses(MultipleChoiceTask):
-    name, num_choices = "guesses", 3
-    columns = Pairs.columns
-
-    def choices(self, row):
-        return [(row["text"], f"{row['other']} {name}") for name in NAMES]
+    name, endings = "guesses", ("text", "other", "third")
+    columns = {"question": Text()} | dict.fromkeys(endings, Text()) | {"label": Label(NAMES)}
 
 
 def tokenizer(directory):

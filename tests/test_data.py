@@ -116,7 +116,7 @@ def test_a_null_label_in_jsonl(tmp_path):
 
 def test_rows_are_counted_in_the_part_that_is_used(tmp_path):
     """--train_split names a part: rows outside it may be wrong, and those within count from its first."""
-    directory = write(tmp_path / "data", train=changed(25, label=4))
+    directory = write(tmp_path / "data", train=changed(25, label=4), validation=QUESTIONS[:2])
     assert len(swag(directory, train_split="train[:20]").load_dataset("train")) == 20
     with pytest.raises(UserError, match=r"row 5 of the train\[20:\] split has 4"):
         swag(directory, train_split="train[20:]").load_dataset("train")

@@ -108,17 +108,21 @@ def describe_query(task, scores: Tensor, query_dataset, train_dataset, index: in
     """A query and its most influential training example, as text."""
     score, best = scores[index].max(0)
     query, train = query_dataset[index], train_dataset[int(best)]
-    parts = [f"Query {index}{_in_topic(task, query)}", _indent(task.describe(query))]
+    whence, train_whence = _whence(task, "validation", index, query), _whence(task, "train", int(best), train)
+    parts = [f"Query {index}{whence}", _indent(task.describe(query))]
     parts += [
-        f"  Most influential training sequence ({strategy}): {int(best)}{_in_topic(task, train)}, score {score:.4g}",
+        f"  Most influential training sequence ({strategy}): {int(best)}{train_whence}, score {score:.4g}",
         _indent(task.describe(train)),
     ]
     return "\n".join(parts) + "\n"
 
 
-def _in_topic(task, example) -> str:
+def _whence(task: ExampleTask, split: str, index: int, example) -> str:
+    """What is known of where an example is from."""
     topic = task.topic(example)
-    return f" (topic: {topic})" if topic is not None else ""
+    known = [f"topic: {topic}" if topic is not None else None, task.origin(split, index)]
+    text = ", ".join(each for each in known if each)
+    return f" ({text})" if text else ""
 
 
 def _indent(text: str) -> str:

@@ -17,6 +17,7 @@ from influence_core.errors import UserError
 from influence_core.factors.strategies import HEURISTIC, HEURISTIC_SCALE, STRATEGIES, damping_scale
 from influence_core.tasks.example import ExampleTask, is_main_process
 
+DATASET = "dataset_name_or_path"
 TRAINING_RECORD = "training.json"  # in a checkpoint: the flags that made it
 RECIPE_FLAGS = ("train_batch_size", "learning_rate", "weight_decay", "num_train_epochs", "use_half_precision")
 
@@ -94,16 +95,17 @@ def parse(task_class: type[ExampleTask], script: str, description: str, argv: li
     if script != "train":
         record = read_training_record(given.get("checkpoint_dir", values["checkpoint_dir"]))
         recipe = RECIPE_FLAGS if _add_recipe_arguments in SCRIPTS[script] else ()
-        values |= {flag: record[flag] for flag in (*task_flags, "num_train", *recipe) if flag in record}
-    values |= given
+        kept = {flag: record[flag] for flag in (*task_flags, "num_train", *recipe) if flag in record}
+        values = _over(values, kept, task_class)
+    values = _over(values, given, task_class)
     arguments = argparse.Namespace(**{action.dest: None for action in parser._actions if action.dest != "help"})
     vars(arguments).update({key: value for key, value in values.items() if hasattr(arguments, key)})
     arguments.given = set(given)
     _check_values(arguments)
     arguments.task = {flag: getattr(arguments, flag) for flag in task_flags}
     for flag, value in arguments.task.items():  # so that a checkpoint's record means the same from any directory
-        if flag.endswith("_or_path") and value is not None and Path(value).is_dir():
-            arguments.task[flag] = str(Path(value).resolve())
+        if flag.endswith("_or_path"):
+            arguments.task[flag] = _place(value)
     return arguments
 
 
@@ -126,6 +128,18 @@ def check_size(arguments: argparse.Namespace, flag: str, size: int, of: str) -> 
     if value > size and flag in arguments.given:
         raise UserError(f"--{flag} {value} is larger than the {of}, which has {size}")
     return min(value, size)
+
+
+def _over(values: dict, others: dict, task_class: type[ExampleTask]) -> dict:
+    """The values, with others in their place, and without what belongs to a dataset that is another now."""
+    if DATASET in others and _place(others[DATASET]) != _place(values.get(DATASET)):
+        values = {flag: value for flag, value in values.items() if flag not in task_class.of_the_dataset}
+    return values | others
+
+
+def _place(value: str | None) -> str | None:
+    """The same for the same place, however it is named."""
+    return str(Path(value).resolve()) if value is not None and Path(value).exists() else value
 
 
 def _defaults(defaults: dict, script: str) -> dict:

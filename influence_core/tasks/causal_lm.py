@@ -1,6 +1,7 @@
 """Causal language models: each token is predicted from those before it."""
 
 import itertools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from influence_core.errors import UserError
 from influence_core.task import EXAMPLE_INDEX
+from influence_core.tasks.columns import Text
 from influence_core.tasks.example import MEASUREMENT
 from influence_core.tasks.head import IGNORED
 from influence_core.tasks.language_model import LanguageModelTask
@@ -17,22 +19,40 @@ from influence_core.tasks.transformer import pad, topic_of
 
 
 class CausalLMTask(LanguageModelTask):
-    """Texts of at most `block_size` tokens, or texts joined and cut into blocks of so many.
+    """Texts joined and cut into blocks of `block_size` tokens; or texts, or prompts and answers, of at most so many.
 
-    An example is {"input_ids", and "labels" of the same length where not every token carries loss}. The measurement is
-    the summed cross-entropy.
+    An example is {"input_ids", and "labels" of the same length where not every token carries loss}: of prompts and
+    answers, the answers' tokens do. The measurement is the summed cross-entropy.
     """
 
     auto_model, config_class = AutoModelForCausalLM, GPT2Config
     tokenizer_style, pads = "gpt2", False  # many have no pad token, and what is padding is masked whatever stands there
-    one_example_a_row = False
     position_limits = {"input_ids": "block_size"}
     count_name = "positions"
     joins_rows = True  # the texts of `rows_at_once` rows, end to end; what remains after the last block is dropped
+    of_the_dataset = (*PretrainedTask.of_the_dataset, "text_column", "prompt_column", "answer_column")
+    has_answers = False  # prompts and their answers, in place of texts
 
-    def __init__(self, block_size, **flags):
+    def __init__(
+        self, block_size, text_column=None, prompt_column=None, answer_column=None, one_row_one_example=None, **flags
+    ):
         super().__init__(**flags)
         self.block_size = block_size
+        self.has_answers = bool(prompt_column or answer_column)
+        if self.has_answers:
+            if text_column:
+                raise UserError("--text_column is for whole texts, --prompt_column and --answer_column for two parts")
+            self.columns = {"prompt": Text(), "answer": Text(may_be_blank=False)}
+            self.named_columns = {
+                "prompt": ("--prompt_column", prompt_column), "answer": ("--answer_column", answer_column)
+            }  # fmt: skip
+        else:
+            (name,) = self.columns
+            self.named_columns = {name: ("--text_column", text_column)}
+            if one_row_one_example:
+                self.columns = {name: Text(may_be_blank=False)}
+        self._rows_of: dict[str, list[tuple[int, int]]] = {}  # the first and the last of each block, by split
+        self.joins_rows = self.joins_rows and not (one_row_one_example or self.has_answers)
         if block_size < 2:
             raise UserError(f"--block_size must be at least 2, so that there is a next token, not {block_size}")
 
@@ -40,14 +60,25 @@ class CausalLMTask(LanguageModelTask):
     def add_arguments(parser):
         PretrainedTask.add_arguments(parser)
         parser.add_argument("--block_size", type=int, help="tokens of a sequence")
+        parser.add_argument("--text_column", help="the dataset's column of text, where it has several")
+        parser.add_argument("--prompt_column", help="with --answer_column: two texts a row, of which only the answer "
+                            "carries loss; where both are too long, the prompt loses its beginning")  # fmt: skip
+        parser.add_argument("--answer_column", help="see --prompt_column")
+        parser.add_argument("--one_row_one_example", action="store_true", help="each row is an example of its own, cut "
+                            "to --block_size, in place of rows joined and cut into blocks")  # fmt: skip
 
     # ---------------------------------------------------------------------------------------------------------- data
 
+    @property
+    def holds_out_the_end(self):
+        return self.joins_rows
+
     def tokenized(self, rows):
+        """Of rows that are an example each."""
+        if self.has_answers:
+            return [answered | topic_of(row) for answered, row in zip(self._answered(rows), rows)]
         (column,) = self.columns
-        texts = [row[column] for row in rows]
-        if self.joins_rows:
-            return [{"input_ids": block} for block in self.blocks(texts)]
+        texts = [row[column].rstrip("\n") for row in rows]
         tokens = self.tokens(texts, self.block_size)
         for text, ids in zip(texts, tokens):
             if len(ids) < 2:
@@ -55,17 +86,57 @@ class CausalLMTask(LanguageModelTask):
                                 "such rows out")  # fmt: skip
         return [{"input_ids": torch.as_tensor(ids).long()} | topic_of(row) for ids, row in zip(tokens, rows)]
 
+    def _answered(self, rows: list[dict]) -> Iterator[dict[str, Tensor]]:
+        """Prompt, answer and the end's token, as one sequence."""
+        prompts = self.tokenizer([row["prompt"] for row in rows], verbose=False)["input_ids"]
+        answers = self.tokenizer([row["answer"] for row in rows], add_special_tokens=False, verbose=False)["input_ids"]
+        end, begin = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
+        for prompt, answer in zip(prompts, answers):
+            if prompt and prompt[-1] == end and len(prompt) > 1:
+                prompt = prompt[:-1]
+            answer = (answer + [end] * (end is not None))[: self.block_size - 1]
+            room = self.block_size - len(answer)
+            if len(prompt) > room:  # its end is nearest to the answer
+                kept = [begin] if prompt[0] == begin and room > 1 else []
+                prompt = kept + prompt[len(prompt) - room + len(kept) :]
+            tokens = torch.tensor(prompt + answer)
+            yield {"input_ids": tokens, "labels": tokens.clone().index_fill(0, torch.arange(len(prompt)), IGNORED)}
+
     def blocks(self, texts: list[str]) -> list[Tensor]:
         """The texts joined and cut into whole blocks."""
-        tokens = self.tokenizer(texts, verbose=False)["input_ids"]
-        tokens = torch.tensor(list(itertools.chain.from_iterable(tokens)))
-        return list(tokens[: len(tokens) // self.block_size * self.block_size].view(-1, self.block_size))
+        return [block for block, _, _ in self._blocks(texts)]
+
+    def _blocks(self, texts: list[str]) -> list[tuple[Tensor, int, int]]:
+        """(block, the first and the last text that it has tokens of)"""
+        rows = self.tokenizer(texts, verbose=False)["input_ids"]
+        tokens = torch.tensor(list(itertools.chain.from_iterable(rows)))
+        whole = tokens[: len(tokens) // self.block_size * self.block_size].view(-1, self.block_size)
+        of_text = torch.arange(len(rows)).repeat_interleave(torch.tensor(list(map(len, rows)), dtype=torch.long))
+        return [
+            (block, int(of_text[number * self.block_size]), int(of_text[(number + 1) * self.block_size - 1]))
+            for number, block in enumerate(whole)
+        ]
 
     def make_examples(self, split):
-        examples = super().make_examples(split)
+        if not self.joins_rows or self.is_demo:
+            examples = super().make_examples(split)
+        else:
+            (column,) = self.columns
+            texts, examples, self._rows_of[split] = self.rows(split)[column], [], []
+            for start in range(0, len(texts), self.rows_at_once):
+                for block, first, last in self._blocks(texts[start : start + self.rows_at_once]):
+                    examples.append({"input_ids": block})
+                    self._rows_of[split].append((start + first, start + last))
         if self.joins_rows and not examples:
             raise UserError(f"the {split} split has not one block of {self.block_size} tokens: lower --block_size")
         return examples
+
+    def origin(self, split, index):
+        if split not in self._rows_of:
+            return super().origin(split, index)
+        numbers = self.row_source.part(split).numbers
+        first, last = (numbers[row] for row in self._rows_of[split][index])
+        return f"row {first}" if first == last else f"rows {first} to {last}"
 
     def collate(self, examples):
         """Padded on the right, where no token sees it; without a mask where nothing is padded."""

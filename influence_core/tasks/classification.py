@@ -27,10 +27,12 @@ class ClassificationTask(TransformerTask):
 
     tokenizer_style = "roberta"
     position_limits = {"input_ids": "max_length"}
+    of_the_dataset = (*PretrainedTask.of_the_dataset, "text_column", "label_column")
 
-    def __init__(self, max_length, **flags):
+    def __init__(self, max_length, label_column=None, **flags):
         super().__init__(**flags)
         self.max_length = max_length
+        self.named_columns[self.label_column] = ("--label_column", label_column)
         if max_length < 8:
             raise UserError(f"--max_length must be at least 8, so that there are words, not {max_length}")
 
@@ -38,6 +40,7 @@ class ClassificationTask(TransformerTask):
     def add_arguments(parser):
         PretrainedTask.add_arguments(parser)
         parser.add_argument("--max_length", type=int, help="tokens of a row; longer ones are cut")
+        parser.add_argument("--label_column", help="the dataset's column of classes")
 
     @property
     def label_column(self) -> str:

@@ -1,4 +1,4 @@
-"""What the columns of a dataset have to hold, and where one does not: found in Arrow's columns before any work."""
+"""Which columns of a dataset a task reads, and what they have to hold: found in Arrow's columns before any work."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -9,7 +9,7 @@ from influence_core.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from pyarrow import ChunkedArray
+    from pyarrow import ChunkedArray, DataType
 
 SHOWN_CHARACTERS = 40  # of a wrong value
 
@@ -25,6 +25,10 @@ class Kind(ABC):
     def takes(self, value: Any) -> bool:
         """Whether a cell is so."""
 
+    @abstractmethod
+    def is_type(self, column: "DataType") -> bool:
+        """Whether a column of this type may be meant, as far as types tell."""
+
     def looks_right(self, value: Any) -> bool:
         """Whether a wrong cell would be right but for its type, that a worse one gave to the whole column."""
         return False
@@ -38,11 +42,15 @@ class Text(Kind):
 
     def takes_all(self, column):
         import pyarrow.compute as pc  # here and below: it comes with datasets, which takes long to import
-        from pyarrow import types
 
-        if column.null_count or not (types.is_string(column.type) or types.is_large_string(column.type)):
+        if column.null_count or not self.is_type(column.type):
             return False
         return self.may_be_blank or not pc.any(pc.equal(pc.utf8_trim_whitespace(column), "")).as_py()
+
+    def is_type(self, column):
+        from pyarrow import types
+
+        return types.is_string(column) or types.is_large_string(column)
 
     def takes(self, value):
         return isinstance(value, str) and (self.may_be_blank or bool(value.strip()))
@@ -79,6 +87,11 @@ class Label(Kind):
         ends = pc.min_max(column).as_py()
         return not len(column) or 0 <= ends["min"] <= ends["max"] < self.num_classes
 
+    def is_type(self, column):
+        from pyarrow import types
+
+        return types.is_integer(column) or (bool(self.names) and types.is_string(column))
+
     def takes(self, value):
         if isinstance(value, str):
             return value in self.names
@@ -92,11 +105,61 @@ class Label(Kind):
         return f"a whole number from 0 to {self.num_classes - 1}{names}"
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """A column that a task reads."""
+
+    kind: Kind
+    flag: str | None = None  # by which it may be named
+    given: str | None = None  # by that flag
+
+
+def find_columns(rows: "Dataset", wanted: Mapping[str, Wanted], source: str) -> tuple[dict[str, str], list[str]]:
+    """({the task's name of a column: the dataset's}, notes of what was not named).
+
+    What a flag names; else the column of the task's own name; else the only one left whose type fits.
+
+    Raises:
+        UserError: there is no such column, or it could be one of several.
+    """
+    types = {field.name: field.type for field in rows.data.schema}
+    found: dict[str, str] = {}
+    for name, each in wanted.items():
+        if each.given is not None and each.given not in types:
+            raise UserError(f"{source} has no column {each.given!r} ({each.flag}), only {', '.join(types)}")
+        if each.given is not None or name in types:
+            found[name] = each.given or name
+    twice = [column for column in found.values() if list(found.values()).count(column) > 1]
+    if twice:
+        named = ", ".join(str(wanted[name].flag or name) for name, column in found.items() if column == twice[0])
+        raise UserError(f"the column {twice[0]!r} of {source} is wanted twice ({named}): name another for one of them")
+    fitting = {
+        name: [column for column, kind in types.items() if column not in found.values() and each.kind.is_type(kind)]
+        for name, each in wanted.items()
+        if name not in found
+    }
+    notes = []
+    for name, columns in fitting.items():
+        flag = wanted[name].flag
+        if flag is None or len(columns) != 1 or sum(columns == other for other in fitting.values()) > 1:
+            remedy = "" if flag is None else f": name the one that is meant with {flag}"
+            raise UserError(f"{source} has no column {name!r}, only {', '.join(types)}{remedy}")
+        found[name] = columns[0]
+        notes.append(f"Note: {flag} is {columns[0]!r}, the only column of {source} that it could be")
+    return found, notes
+
+
+def only_wanted(rows: "Dataset", columns: Mapping[str, str]) -> "Dataset":
+    """The rows with their columns called as the task calls them; those without a name of the task's only if all have
+    kept theirs."""
+    if all(name == column for name, column in columns.items()):
+        return rows
+    kept = [column for column in ("topic",) if column in rows.column_names and column not in columns.values()]
+    return rows.select_columns([*columns.values(), *kept]).rename_columns([*columns, *kept])
+
+
 def check_columns(rows: "Dataset", kinds: Mapping[str, Kind], source: str, split: str) -> None:
-    """Raise UserError for a column that is not there, or a cell that is not of its column's kind: by row, from 0."""
-    missing = [column for column in kinds if column not in rows.column_names]
-    if missing:
-        raise UserError(f"{source} has no column {missing[0]!r}, only {', '.join(rows.column_names)}")
+    """Raise UserError for a cell that is not of its column's kind: by row, from 0."""
     for column, kind in kinds.items():
         # Without a mapping of indices, the table that rows are taken from: if all of that is right, so are they.
         if kind.takes_all(rows.data.column(column)):

@@ -17,7 +17,7 @@ class ExampleTask(InfluenceTask):
     """A task that the examples' scripts can run. Its constructor takes the flags that `add_arguments` adds, by name."""
 
     name: ClassVar[str]  # folder of the example
-    presets: ClassVar[dict[str, dict[str, Any]]]  # {"full": {flag: default}, "demo": …}; flags of any script
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}  # {"full": {flag: default}, "demo": …}; flags of any script
     tokenizer: Any  # of the checkpoint, where `checkpoint_dir` names one; else of the initial model
     checkpoint_dir: str | None = None
     tracked_layers: str | None = None  # a regular expression that narrows what is tracked; of --tracked_layers
@@ -26,6 +26,9 @@ class ExampleTask(InfluenceTask):
     @abstractmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         """Add the task's own flags: model, data and their sizes."""
+
+    # Flags whose values belong to that of --dataset_name_or_path: a preset's, or a checkpoint's, are not for another.
+    of_the_dataset: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def flag_names(cls) -> list[str]:
@@ -45,6 +48,10 @@ class ExampleTask(InfluenceTask):
     @abstractmethod
     def describe(self, example: Any) -> str:
         """The example as text, for a person to read."""
+
+    def origin(self, split: str, index: int) -> str | None:
+        """Where the example at `index` of a split came from, such as "row 7" (from 0) of the user's data."""
+        return None
 
     def topic(self, example: Any) -> str | None:
         """A group that the example is known to belong to, if any: lets analyze.py report topic retrieval."""

@@ -2,89 +2,41 @@
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import huggingface_hub
 
 from influence_core.errors import UserError
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 STOCK_PHRASE = "An error occurred while generating the dataset"  # of datasets, whatever the error
 SHOWN_CHARACTERS = 400  # of a reason
 
 
 def load_from(source: str, flag: str, load: Callable[[], Any], details: str = "") -> Any:
-    """Load a model, tokenizer or dataset from a local directory or the Hub; UserError with advice otherwise.
+    """Load a model, tokenizer or dataset from a local directory, a file or the Hub; UserError with advice otherwise.
 
     Args:
         details: the other flags that say what is loaded, for the message.
     """
-    is_local = Path(source).is_dir()
+    is_local = Path(source).exists()
     if not is_local:
         _work_offline_if_unreachable()
     try:
         return load()
+    except UserError:
+        raise
     except Exception as error:  # loaders of other libraries raise what they like
         reason = _reason(error, source)
     if is_local:
         raise UserError(f"can't load {flag} {source}{details}: {reason}")
     raise UserError(
-        f"can't load {flag} {source}{details}: it is no local directory, and it could not be had from the Hub (no "
-        f"network, or no such name): give a local directory with {flag} ({reason})"
+        f"can't load {flag} {source}{details}: it is no local directory or file, and it could not be had from the Hub "
+        f"(no network, or no such name): give a local one with {flag} ({reason})"
     )
-
-
-def load_rows(source: str, config: str | None, split: str) -> "Dataset":
-    """The rows of a split, or of parts such as "train[:10%]+test", of a directory or a dataset of the Hub."""
-    from datasets import load_dataset, load_dataset_builder  # only where they are needed: they take long to import
-
-    # Which file it is stands in what datasets logs of an error, not in the error.
-    with overheard("datasets", lambda record: record.levelno >= logging.ERROR) as logged:
-        try:
-            files = None
-            if Path(source).is_dir():
-                # Else datasets reads all splits, and casts their cells to the types of the first one's: 7 to "7", and
-                # a text beside a 7 to one in quotation marks.
-                found = load_dataset_builder(source, config).config.data_files or {}
-                names = re.findall(r"(?:^|\+)\s*(\w+)", split)
-                files = {name: found[name] for name in names if name in found} or None
-            return load_dataset(source, config, data_files=files, split=split)
-        except Exception as error:
-            for message in logged:
-                error.add_note(message)
-            raise
-
-
-class Examples(Sequence):
-    """The examples of some rows, a part of them made when one of its examples is first asked for."""
-
-    def __init__(self, rows, rows_at_once: int, make: Callable[[list[dict]], list[Any]]):
-        self.rows, self.rows_at_once, self.make = rows, rows_at_once, make
-        self.made: dict[int, list[Any]] = {}
-        self.num_parts = -(-len(rows) // rows_at_once)
-
-    def part(self, number: int) -> list[Any]:
-        if number not in self.made:
-            rows = self.rows[number * self.rows_at_once : (number + 1) * self.rows_at_once]
-            if not isinstance(rows, list):  # a Dataset gives columns
-                rows = [dict(zip(rows, values)) for values in zip(*rows.values())]
-            self.made[number] = self.make(rows)
-        return self.made[number]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Any:
-        index = range(len(self))[index]
-        if isinstance(index, range):  # of a slice
-            return [self[each] for each in index]
-        return self.part(index // self.rows_at_once)[index % self.rows_at_once]
 
 
 @contextmanager

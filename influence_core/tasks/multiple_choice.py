@@ -1,30 +1,60 @@
 """Which of several endings follows? The rows of all endings make one example."""
 
-from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from transformers import AutoModelForMultipleChoice, RobertaConfig
 
+from influence_core.errors import UserError
 from influence_core.tasks.classification import ClassificationTask
+from influence_core.tasks.columns import Label, Text
 
 
 class MultipleChoiceTask(ClassificationTask):
-    """An example is a question: a row of the dataset, with a row of token ids for each of `num_choices` endings."""
+    """An example is a question: a row of the dataset, with a row of token ids for each of its endings.
+
+    `columns` names texts of the question, the endings, and the right one.
+    """
 
     auto_model, config_class = AutoModelForMultipleChoice, RobertaConfig
-    num_choices: ClassVar[int]
+    of_the_dataset = (*ClassificationTask.of_the_dataset, "ending_columns")
+    endings: tuple[str, ...]  # of the columns, in the order of their classes
 
-    def __init_subclass__(cls, **options):
-        # The endings' gradients add up, so the engine may lay their rows end to end; post_process_per_sample_gradient
-        # below says the same in full, for tasks where they do not just add up.
-        super().__init_subclass__(**options)
-        if "num_choices" in vars(cls) and "rows_per_example" not in vars(cls):
-            cls.rows_per_example = cls.num_choices
+    def __init__(self, text_column=None, ending_columns=None, **flags):
+        super().__init__(**flags)
+        question = next(name for name in self.columns if name not in (*self.endings, self.label_column))
+        if ending_columns is not None:  # then the data is of another shape than the task's own
+            if len(ending_columns) < 2:
+                raise UserError("--ending_columns names the column of each ending: two at least")
+            self.endings, label = tuple(ending_columns), {self.label_column: Label(len(ending_columns))}
+            self.columns = {question: Text(), **dict.fromkeys(self.endings, Text(may_be_blank=False)), **label}
+        self.named_columns |= dict.fromkeys(self.endings, ("--ending_columns", None))
+        self.named_columns[question] = ("--text_column", text_column)
 
-    @abstractmethod
+    @staticmethod
+    def add_arguments(parser):
+        ClassificationTask.add_arguments(parser)
+        parser.add_argument("--text_column", help="the dataset's column of questions, or of their beginnings")
+        parser.add_argument("--ending_columns", nargs="+", help="its columns of endings, in the order of their "
+                            "classes: a question is then --text_column alone")  # fmt: skip
+
+    @property
+    def num_choices(self) -> int:
+        """Rows of an example."""
+        return len(self.endings)
+
+    @property
+    def rows_per_example(self) -> int:
+        """The endings' gradients add up, so the engine may lay their rows end to end.
+
+        post_process_per_sample_gradient below says the same in full, for tasks where they do not just add up.
+        """
+        return self.num_choices
+
     def choices(self, row: Mapping[str, Any]) -> list[tuple[str, str]]:
         """(question, ending) for each ending, as the tokenizer takes a pair of texts."""
+        question = " ".join(row[name] for name in self.columns if name not in (*self.endings, self.label_column))
+        return [(question, row[ending]) for ending in self.endings]
 
     def tokenized(self, rows):
         pairs = [pair for row in rows for pair in self.choices(row)]

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from transformers import AutoTokenizer, PretrainedConfig
 
 from influence_core.errors import UserError
-from influence_core.tasks.columns import Kind, Text, check_columns
+from influence_core.tasks.columns import Kind, Text, Wanted
 from influence_core.tasks.demo_corpus import DEMO_CORPUS, demo_corpus, train_tokenizer
 from influence_core.tasks.example import ExampleTask
-from influence_core.tasks.loading import Examples, load_from, load_rows
+from influence_core.tasks.loading import load_from
 from influence_core.tasks.models import MODEL_FLAG, has_weights, new_model, trained_model
+from influence_core.tasks.rows import Examples, RowSource
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,20 +35,25 @@ class PretrainedTask(ExampleTask):
 
     auto_model: ClassVar[type]  # such as AutoModelForCausalLM
     config_class: ClassVar[type[PretrainedConfig]]  # of models from scratch
-    columns: ClassVar[dict[str, Kind]]  # that the dataset must have: {"sentence": Text(), "label": Label(2)}
+    columns: dict[
+        str, Kind
+    ]  # that the dataset must have, {"sentence": Text(), "label": Label(2)}; flags may rename them
     tokenizer_style: ClassVar[str]  # whose special tokens a new tokenizer gets, see train_tokenizer
     pads: ClassVar[bool] = True  # whether `collate` needs the tokenizer's padding
-    one_example_a_row: ClassVar[bool] = True
     rows_at_once: ClassVar[int] = 1000  # of the dataset, that are made into examples together
+    holds_out_the_end: bool = False  # where the dataset has nothing for validation: the last rows, not some of all
+    of_the_dataset = ("dataset_config", "train_split", "validation_split")
 
     def __init__(
         self, model_name_or_path, tokenizer_name_or_path, config_overrides, dataset_name_or_path, dataset_config,
         train_split, validation_split, vocab_size,
     ):  # fmt: skip
+        self.columns = dict(self.columns)
+        self.named_columns: dict[str, tuple[str, str | None]] = {}  # {column: (flag, the dataset's name by that flag)}
         self.model_source, self.tokenizer_source = model_name_or_path, tokenizer_name_or_path
         self.config_overrides = parse_overrides(config_overrides or "")
         self.dataset_source, self.dataset_config = dataset_name_or_path, dataset_config
-        self.split_sources = {"train": train_split or "train", "validation": validation_split or "validation"}
+        self.split_sources = {"train": train_split, "validation": validation_split}
         self.vocab_size = vocab_size
         self._splits: dict[str, Sequence[Any]] = {}  # the examples, by split
 
@@ -57,10 +63,12 @@ class PretrainedTask(ExampleTask):
                             "with only a config starts from scratch")  # fmt: skip
         parser.add_argument("--tokenizer_name_or_path", help="where it is not with the model")
         parser.add_argument("--config_overrides", help="key=value,… of the model's config: trains that from scratch")
-        parser.add_argument("--dataset_name_or_path", help="a Hub id or a directory in the Hub's layout")
+        parser.add_argument("--dataset_name_or_path", help="a Hub id, a directory in the Hub's layout, or a file "
+                            "(.txt, .jsonl, .csv, .parquet)")  # fmt: skip
         parser.add_argument("--dataset_config", help="configuration of the dataset, such as wikitext-2-v1")
         parser.add_argument("--train_split", help="what to train on: train, or a part such as 'train[:20%%]'")
-        parser.add_argument("--validation_split", help="where queries come from: validation, test, or a part of one")
+        parser.add_argument("--validation_split", help="where queries come from: validation, test, or a part of one "
+                            "(default: validation, or a tenth of the rows where there is none)")  # fmt: skip
         parser.add_argument("--vocab_size", type=int, help="from scratch: train a byte-level BPE of that size on the "
                             "training text")  # fmt: skip
 
@@ -76,7 +84,7 @@ class PretrainedTask(ExampleTask):
 
     def demo_examples(self, split: str) -> Sequence[Any]:
         """All examples of the demo."""
-        return Examples(self.demo_rows(split), self.rows_at_once, self.tokenized)
+        return self.examples_of(self.demo_rows(split))
 
     def tokenizer_texts(self) -> list[str]:
         """The text that a new tokenizer is trained on; by default, what the training set's columns of text hold."""
@@ -159,25 +167,30 @@ class PretrainedTask(ExampleTask):
         return examples if indices is None else [examples[index] for index in indices]
 
     def make_examples(self, split: str) -> Sequence[Any]:
-        """All examples of a split; made when they are asked for, where each row gives one."""
-        if self.is_demo:
-            return self.demo_examples(split)
-        parts = Examples(self.rows(split), self.rows_at_once, self.tokenized)
-        if self.one_example_a_row:
-            return parts
-        return [example for number in range(parts.num_parts) for example in parts.part(number)]
+        """All examples of a split, made when they are asked for."""
+        return self.demo_examples(split) if self.is_demo else self.examples_of(self.rows(split))
+
+    def examples_of(self, rows: "Dataset | list[dict]") -> Sequence[Any]:
+        """By default, one of each row."""
+        return Examples(rows, self.rows_at_once, self.tokenized)
 
     def rows(self, split: str) -> "Dataset":
-        """The dataset's rows of "train" or "validation", or of the part that stands for it."""
-        config = f" --dataset_config {self.dataset_config}" if self.dataset_config else ""
-        rows = load_from(
-            self.dataset_source,
-            "--dataset_name_or_path",
-            lambda: load_rows(self.dataset_source, self.dataset_config, self.split_sources[split]),
-            f" (--{split}_split {self.split_sources[split]}{config})",
+        """The dataset's rows for "train" or "validation", their columns called as `columns` does."""
+        return self.row_source.part(split).rows
+
+    @cached_property
+    def row_source(self) -> RowSource:
+        """Where the rows come from."""
+        wanted = {name: Wanted(kind, *self.named_columns.get(name, ())) for name, kind in self.columns.items()}
+        usual = self.presets.get("full", {}).get("dataset_config")
+        return RowSource(
+            self.dataset_source, self.dataset_config, usual, self.split_sources, wanted, self.holds_out_the_end
         )
-        check_columns(rows, self.columns, self.dataset_source, self.split_sources[split])
-        return rows
+
+    def origin(self, split, index):
+        if self.is_demo:
+            return None
+        return f"row {self.row_source.part(split).numbers[index]}"
 
 
 def parse_overrides(text: str) -> dict[str, Any]:

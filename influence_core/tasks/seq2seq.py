@@ -1,8 +1,6 @@
 """Sequence to sequence: a target text is written from a source text."""
 
-from abc import abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -18,7 +16,8 @@ from influence_core.tasks.transformer import pad, topic_of
 
 
 class Seq2SeqTask(LanguageModelTask):
-    """The measurement is the target's summed cross-entropy. An example is {"input_ids", "labels"}, source and target.
+    """`columns` names two texts, source and target. An example is {"input_ids", "labels"}; the measurement is the
+    target's summed cross-entropy.
 
     Both are padded on the right, so that no model has to be told its positions.
     """
@@ -28,13 +27,17 @@ class Seq2SeqTask(LanguageModelTask):
     position_limits = {"input_ids": "max_source_length", "labels": "max_target_length"}
     source_name: ClassVar[str] = "Source"  # as a person reads it
     target_name: ClassVar[str] = "Target"
-    source_prefix: str = ""  # before every source, unless --source_prefix gives another
+    source_prefix: str = ""  # before every source
+    of_the_dataset = (*PretrainedTask.of_the_dataset, "prompt_column", "answer_column", "source_prefix")
 
-    def __init__(self, max_source_length, max_target_length, source_prefix=None, **flags):
+    def __init__(
+        self, max_source_length, max_target_length, source_prefix=None, prompt_column=None, answer_column=None, **flags
+    ):
         super().__init__(**flags)
         self.max_source_length, self.max_target_length = max_source_length, max_target_length
-        if source_prefix is not None:
-            self.source_prefix = source_prefix
+        self.source_prefix = source_prefix or ""
+        source, target = self.columns
+        self.named_columns = {source: ("--prompt_column", prompt_column), target: ("--answer_column", answer_column)}
         for name, length, least in (("source", max_source_length, 3), ("target", max_target_length, 2)):
             if length < least:
                 raise UserError(f"--max_{name}_length must be at least {least}, a token and the end, not {length}")
@@ -45,18 +48,16 @@ class Seq2SeqTask(LanguageModelTask):
         parser.add_argument("--max_source_length", type=int, help="tokens of a source; longer ones are cut")
         parser.add_argument("--max_target_length", type=int, help="tokens of a target; longer ones are cut")
         parser.add_argument("--source_prefix", help="before every source, such as the 'summarize: ' of T5")
+        parser.add_argument("--prompt_column", help="the dataset's column of sources")
+        parser.add_argument("--answer_column", help="the dataset's column of targets")
 
     # ---------------------------------------------------------------------------------------------------------- data
 
-    @abstractmethod
-    def source_and_target(self, row: Mapping[str, Any]) -> tuple[str, str]:
-        """The two texts of a row, without the prefix."""
-
     def tokenized(self, rows):
-        pairs = [self.source_and_target(row) for row in rows]
-        sources = self.tokens([self.source_prefix + source for source, _ in pairs], self.max_source_length)
+        source, target = self.columns
+        sources = self.tokens([self.source_prefix + row[source] for row in rows], self.max_source_length)
         encoded = self.tokenizer(
-            text_target=[target for _, target in pairs], truncation=True, max_length=self.max_target_length
+            text_target=[row[target] for row in rows], truncation=True, max_length=self.max_target_length
         )
         targets = (np.array(ids, dtype=np.int32) for ids in encoded["input_ids"])
         return [

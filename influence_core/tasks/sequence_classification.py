@@ -24,6 +24,23 @@ class SequenceClassificationTask(ClassificationTask):
     auto_model, config_class = AutoModelForSequenceClassification, RobertaConfig
     class_ids: list[int] | None = None  # the model's number of each class of the dataset; None: the same
 
+    def __init__(self, text_column=None, **flags):
+        super().__init__(**flags)
+        names = [name for name, kind in self.columns.items() if isinstance(kind, Text)]
+        given = text_column or [None] * len(names)
+        if len(given) > 2:
+            raise UserError(f"--text_column names one column, or the two of a pair, not {len(given)}")
+        # Called as the task calls them, as far as it has names.
+        names = [*names[: len(given)], *given[len(names) :]]
+        kinds = [self.columns.get(name, Text()) for name in names]
+        self.columns = dict(zip(names, kinds)) | {self.label_column: self.label_kind}
+        self.named_columns |= {name: ("--text_column", column) for name, column in zip(names, given)}
+
+    @staticmethod
+    def add_arguments(parser):
+        ClassificationTask.add_arguments(parser)
+        parser.add_argument("--text_column", nargs="+", help="the dataset's column of text, or the two of a pair")
+
     @property
     def label_kind(self) -> Label:
         return self.columns[self.label_column]
