@@ -23,19 +23,30 @@ def describe_coverage(model: nn.Module, layers: Sequence[TrackedLayer]) -> str:
     )
 
 
+def trained_layer_names(model: nn.Module) -> list[str]:
+    """The layers that can be tracked and that training moved: all where nothing is frozen, else those that are not."""
+    names, trains = trackable_layer_names(model), {parameter.requires_grad for parameter in model.parameters()}
+    if len(trains) < 2:
+        return names
+    return [name for name in names if all(x.requires_grad for x in model.get_submodule(name).parameters(recurse=False))]
+
+
 def left_out(model: nn.Module, layers: Sequence[TrackedLayer]) -> dict[str, int]:
     """{kind of layer: parameters} of all that is not tracked, the most first."""
     head = output_head(model)
     of_head = set(map(id, head.parameters())) if head is not None else set()
     seen = {id(parameter) for layer in layers for parameter in layer.module.parameters(recurse=False)}
     trackable, counts = set(trackable_layer_names(model)), dict[str, int]()
+    is_partly_frozen = len({parameter.requires_grad for parameter in model.parameters()}) > 1
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
             kind = "other linear layers" if name in trackable else _kind(module)
-            if id(parameter) in of_head:
+            if is_partly_frozen and not parameter.requires_grad:
+                kind = "frozen"
+            elif id(parameter) in of_head:
                 kind = "head" if module is head else f"{kind} tied to the head"
             counts[kind] = counts.get(kind, 0) + parameter.numel()
     return dict(sorted(counts.items(), key=lambda item: -item[1]))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from influence_core.analysis import analyze
 from influence_core.errors import UserError
-from influence_core.experiments.arguments import check_size, parse, run_script
+from influence_core.experiments.arguments import CONFIGS, check_size, parse, run_script
 from influence_core.runtime import Runtime
 from influence_core.study import Study
 from influence_core.tasks.example import ExampleTask
@@ -69,7 +69,7 @@ def _analyze(task_class: type[ExampleTask], arguments) -> None:
 def require_checkpoint(task_class: type[ExampleTask], arguments) -> None:
     """Raise UserError, with the command that makes one, if --checkpoint_dir has no checkpoint."""
     checkpoint_dir = Path(arguments.checkpoint_dir)
-    if not (checkpoint_dir / "config.json").exists():
+    if not any((checkpoint_dir / name).exists() for name in CONFIGS):
         raise UserError(
             f"no checkpoint in {checkpoint_dir}: make one with `python {task_class.name}/train.py --preset "
             f"{arguments.preset} --checkpoint_dir {checkpoint_dir}`, or name another with --checkpoint_dir"

@@ -19,6 +19,7 @@ from influence_core.tasks.example import ExampleTask, is_main_process
 
 DATASET = "dataset_name_or_path"
 TRAINING_RECORD = "training.json"  # in a checkpoint: the flags that made it
+CONFIGS = ("config.json", "adapter_config.json")  # what a checkpoint has one of: a whole model's, or an adapter's
 RECIPE_FLAGS = ("train_batch_size", "learning_rate", "weight_decay", "num_train_epochs", "use_half_precision")
 
 COMMON_DEFAULTS = {

@@ -81,7 +81,8 @@ def fit(task: ExampleTask, model: nn.Module, dataset, recipe: Recipe, seed: int,
     Raises:
         UserError: the loss is NaN or infinite.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, recipe.learning_rate, weight_decay=recipe.weight_decay)
     generator = torch.Generator().manual_seed(seed)
     loader = DataLoader(dataset, recipe.train_batch_size, shuffle=True, generator=generator, collate_fn=task.collate)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)

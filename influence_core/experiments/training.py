@@ -14,10 +14,10 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers.utils import CONFIG_NAME
 
 from influence_core.errors import UserError, first_line
 from influence_core.experiments.arguments import (
+    CONFIGS,
     RECIPE_FLAGS,
     TRAINING_RECORD,
     check_size,
@@ -59,7 +59,7 @@ def _train(task_class: type[ExampleTask], arguments) -> None:
     splits["train"] = task.load_dataset("train", range(num_train))
     check_size(arguments, "train_batch_size", num_train, "training set")
     accelerator.print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters; {num_train} training and "
+        f"{_sizes(model)} parameters; {num_train} training and "
         f"{len(splits['validation'])} validation examples; {accelerator.num_processes} x {accelerator.device}"
     )
     recipe = Recipe.from_arguments(arguments)
@@ -69,7 +69,7 @@ def _train(task_class: type[ExampleTask], arguments) -> None:
     _let_go_of_wrappers(accelerator)
     _require_finite(task, model, splits["train"][: recipe.train_batch_size], accelerator)
     if accelerator.is_main_process:  # before the evaluation, that may fail: it can be done again, without training
-        _save(checkpoint_dir, model, task.tokenizer, record)
+        _save(checkpoint_dir, task, model, record)
         print(f"Checkpoint: {checkpoint_dir}", flush=True)
     accelerator.wait_for_everyone()
     for split, dataset in splits.items():
@@ -83,6 +83,12 @@ def _train(task_class: type[ExampleTask], arguments) -> None:
             )
         accelerator.print(f"{split:<10} " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
     accelerator.end_training()
+
+
+def _sizes(model: torch.nn.Module) -> str:
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return f"{whole:,}" if trained == whole else f"{trained:,} of {whole:,}"
 
 
 def _let_go_of_wrappers(accelerator: Accelerator) -> None:
@@ -127,20 +133,21 @@ def _refuse_foreign_directory(checkpoint_dir: Path) -> None:
         raise UserError(f"{checkpoint_dir} holds files that train.py did not make: choose another --checkpoint_dir")
 
 
-def _save(checkpoint_dir: Path, model, tokenizer, record: dict) -> None:
+def _save(checkpoint_dir: Path, task: ExampleTask, model, record: dict) -> None:
     """Write the checkpoint beside its place, then move its files there; other files in that directory stay.
 
-    A directory without config.json is no checkpoint: an old one loses it first, and the new one gets it last but for
-    the record, which says so meanwhile. So no mixture is ever taken for whole.
+    A directory without a config is no checkpoint: an old one loses it first, and the new one gets it last but for the
+    record, which says so meanwhile. So no mixture is ever taken for whole.
     """
     checkpoint_dir = checkpoint_dir.resolve()
     temporary = checkpoint_dir.with_name(f".{checkpoint_dir.name}.{os.getpid()}")
     try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        task.save_model(model, temporary)
+        task.tokenizer.save_pretrained(temporary)
         write_json(checkpoint_dir / TRAINING_RECORD, {"unfinished": True})
-        (checkpoint_dir / CONFIG_NAME).unlink(missing_ok=True)
-        for path in sorted(temporary.iterdir(), key=lambda path: path.name == CONFIG_NAME):
+        for name in CONFIGS:
+            (checkpoint_dir / name).unlink(missing_ok=True)
+        for path in sorted(temporary.iterdir(), key=lambda path: path.name in CONFIGS):
             os.replace(path, checkpoint_dir / path.name)
         write_json(checkpoint_dir / TRAINING_RECORD, record)
     except (OSError, SafetensorError) as error:

@@ -128,7 +128,8 @@ class CausalLMTask(LanguageModelTask):
                     examples.append({"input_ids": block})
                     self._rows_of[split].append((start + first, start + last))
         if self.joins_rows and not examples:
-            raise UserError(f"the {split} split has not one block of {self.block_size} tokens: lower --block_size")
+            raise UserError(f"the {split} split has not one block of {self.block_size} tokens: lower --block_size, or "
+                            "take --one_row_one_example")  # fmt: skip
         return examples
 
     def origin(self, split, index):

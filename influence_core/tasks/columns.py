@@ -155,7 +155,8 @@ def only_wanted(rows: "Dataset", columns: Mapping[str, str]) -> "Dataset":
     if all(name == column for name, column in columns.items()):
         return rows
     kept = [column for column in ("topic",) if column in rows.column_names and column not in columns.values()]
-    return rows.select_columns([*columns.values(), *kept]).rename_columns([*columns, *kept])
+    rows = rows.select_columns([*columns.values(), *kept])
+    return rows.rename_columns({column: name for name, column in columns.items() if name != column})
 
 
 def check_columns(rows: "Dataset", kinds: Mapping[str, Kind], source: str, split: str) -> None:

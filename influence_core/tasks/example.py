@@ -4,6 +4,7 @@ import argparse
 import os
 from abc import abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -40,6 +41,10 @@ class ExampleTask(InfluenceTask):
     @abstractmethod
     def load_model(self, checkpoint_dir: str | None) -> nn.Module:
         """The model in float32; from the checkpoint, or the initial one (to train) where it is None."""
+
+    def save_model(self, model: nn.Module, directory: str | Path) -> None:
+        """Write a trained model's files, from which `load_model` makes it again."""
+        model.save_pretrained(directory)
 
     @abstractmethod
     def load_dataset(self, split: str, indices: Sequence[int] | None = None) -> Sequence[Any]:

@@ -1,5 +1,6 @@
 """Models, tokenizers and datasets from a local directory or the Hub; why one can't be had is said in a line."""
 
+import itertools
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -70,10 +71,9 @@ def _reason(error: Exception, source: str) -> str:
     file = re.search(r"'([^']+)' with error", "".join(getattr(error, "__notes__", [])))
     if file and file[1] not in reason:
         reason += f" ({file[1]})"
-    files = (
-        path for pattern in ("", "*/") for path in sorted(Path(source).glob(f"{pattern}[!._]*.*")) if path.is_file()
-    )
-    empty = next((path for path in files if not path.stat().st_size), None)
+    globs = (sorted(Path(source).glob(f"{pattern}[!._]*.*")) for pattern in ("", "*/"))
+    files = [Path(source), *itertools.chain.from_iterable(globs)]
+    empty = next((path for path in files if path.is_file() and not path.stat().st_size), None)
     return f"{empty} is empty ({reason})" if empty else reason
 
 

@@ -11,8 +11,9 @@ from transformers import AutoConfig, PretrainedConfig
 from influence_core.errors import UserError
 from influence_core.tasks.example import is_main_process
 from influence_core.tasks.loading import load_from
-from influence_core.tasks.weights import load_weights, require_a_start, require_whole
+from influence_core.tasks.weights import Differences, load_weights, require_a_start, require_whole
 
+Adapt = Callable[[PretrainedConfig, bool], None]  # changes or refuses a config; told whether training starts from it
 MODEL_FLAG = "--model_name_or_path"
 # The function that some configs call gelu_new, as one kernel instead of eight.
 GELU, FUSED_GELU = "gelu_new", "gelu_pytorch_tanh"
@@ -24,25 +25,31 @@ def has_weights(source: str | None) -> bool:
     return any(itertools.chain(directory.glob("*.safetensors*"), directory.glob("pytorch_model*")))
 
 
-def trained_model(
-    auto_model: type, source: str, adapt: Callable[[PretrainedConfig, bool], None], is_checkpoint: bool
-) -> nn.Module:
-    """A checkpoint, which has to be whole; or weights to start training from, whose head may be new."""
-    flag = "--checkpoint_dir" if is_checkpoint else MODEL_FLAG
+def checkpoint_model(auto_model: type, source: str, adapt: Adapt) -> nn.Module:
+    """A checkpoint, which has to be whole."""
+    model, differences = _load(auto_model, source, "--checkpoint_dir", adapt, is_start=False)
+    require_whole(model, differences, f"--checkpoint_dir {source}")
+    return model
 
+
+def start_model(
+    auto_model: type, source: str, flag: str, adapt: Adapt, is_quiet: bool = False
+) -> tuple[nn.Module, list[str]]:
+    """(weights to start training from, names of those that are new: the head's may be), which is said."""
+    model, differences = _load(auto_model, source, flag, adapt, is_start=True)
+    note = require_a_start(model, differences, f"{flag} {source}")
+    if note and not is_quiet and is_main_process():
+        print(note)
+    return model, [*differences.missing, *differences.mismatched]
+
+
+def _load(auto_model: type, source: str, flag: str, adapt: Adapt, is_start: bool) -> tuple[nn.Module, Differences]:
     def load():
         config = AutoConfig.from_pretrained(source)
-        _adapt(config, adapt, not is_checkpoint)
+        _adapt(config, adapt, is_start)
         return load_weights(auto_model, source, config)
 
-    model, differences = load_from(source, flag, load)
-    if is_checkpoint:
-        require_whole(model, differences, f"{flag} {source}")
-    else:
-        note = require_a_start(model, differences, f"{flag} {source}")
-        if note and is_main_process():
-            print(note)
-    return model
+    return load_from(source, flag, load)
 
 
 def new_model(
@@ -51,7 +58,7 @@ def new_model(
     source: str | None,
     values: Mapping[str, Any],
     overrides: Mapping[str, Any],
-    adapt: Callable[[PretrainedConfig, bool], None],
+    adapt: Adapt,
 ) -> nn.Module:
     """A model with random weights.
 
@@ -108,7 +115,7 @@ def _derived_fields(config_class: type[PretrainedConfig], stored: Mapping, value
     return {key for key in after if key not in values and after[key] != before.get(key)}
 
 
-def _adapt(config: PretrainedConfig, adapt: Callable[[PretrainedConfig, bool], None], is_start: bool) -> None:
+def _adapt(config: PretrainedConfig, adapt: Adapt, is_start: bool) -> None:
     for name in ("activation_function", "hidden_act"):
         if getattr(config, name, None) == GELU:
             setattr(config, name, FUSED_GELU)

@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from influence_core.coverage import output_head
-from influence_core.layers import trackable_layer_names
+from influence_core.coverage import output_head, trained_layer_names
 from influence_core.runtime import is_out_of_memory
 from influence_core.task import Batch
 
@@ -47,8 +46,9 @@ class Observed:
 
 
 def accepted_arguments(model: nn.Module) -> frozenset[str]:
-    """Names of the arguments of the model's forward pass."""
-    return frozenset(inspect.signature(model.forward).parameters)
+    """Names of the arguments of the model's forward pass; of the one within, where peft has put its own around it."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return frozenset(inspect.signature(inner.forward).parameters)
 
 
 @contextmanager
@@ -68,7 +68,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 def observe_layers(model: nn.Module, run: Run, batches: Sequence[tuple[Batch, Shapes]], observed: Observed) -> None:
     """Note in `observed` what each layer that could be tracked reads."""
     head = output_head(model)
-    names = [name for name in trackable_layer_names(model) if model.get_submodule(name) is not head]
+    names = [name for name in trained_layer_names(model) if model.get_submodule(name) is not head]
     runs = [(_inputs_of_layers(model, names, run, batch), shapes) for batch, shapes in batches]
     for name in names:
         calls = [(shape, shapes) for inputs, shapes in runs for shape in inputs[name]]

@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from transformers import AutoTokenizer, PretrainedConfig
 
 from influence_core.errors import UserError
+from influence_core.tasks.adapters import Lora, adapted_model, add_adapter, base_of, is_adapter, save
 from influence_core.tasks.columns import Kind, Text, Wanted
 from influence_core.tasks.demo_corpus import DEMO_CORPUS, demo_corpus, train_tokenizer
 from influence_core.tasks.example import ExampleTask
 from influence_core.tasks.loading import load_from
-from influence_core.tasks.models import MODEL_FLAG, has_weights, new_model, trained_model
+from influence_core.tasks.models import MODEL_FLAG, checkpoint_model, has_weights, new_model, start_model
 from influence_core.tasks.rows import Examples, RowSource
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
 # What the demos of the examples have in common: two kinds of scores to compare, and few retrainings.
 DEMO_DEFAULTS = {
     "dataset_name_or_path": DEMO_CORPUS,
@@ -46,8 +48,11 @@ class PretrainedTask(ExampleTask):
 
     def __init__(
         self, model_name_or_path, tokenizer_name_or_path, config_overrides, dataset_name_or_path, dataset_config,
-        train_split, validation_split, vocab_size,
+        train_split, validation_split, vocab_size, lora_rank=None, lora_alpha=None, lora_target_modules=None,
     ):  # fmt: skip
+        self.lora = Lora(lora_rank, lora_alpha, lora_target_modules) if lora_rank else None
+        if self.lora is None and (lora_alpha or lora_target_modules):
+            raise UserError("--lora_alpha and --lora_target_modules are of an adapter: give --lora_rank as well")
         self.columns = dict(self.columns)
         self.named_columns: dict[str, tuple[str, str | None]] = {}  # {column: (flag, the dataset's name by that flag)}
         self.model_source, self.tokenizer_source = model_name_or_path, tokenizer_name_or_path
@@ -71,6 +76,12 @@ class PretrainedTask(ExampleTask):
                             "(default: validation, or a tenth of the rows where there is none)")  # fmt: skip
         parser.add_argument("--vocab_size", type=int, help="from scratch: train a byte-level BPE of that size on the "
                             "training text")  # fmt: skip
+
+        parser.add_argument("--lora_rank", type=int, help="train LoRA adapters of this rank, and no other "
+                            "weights of the model but a new head")  # fmt: skip
+        parser.add_argument("--lora_alpha", type=float, help="their scale, times the rank [2 x --lora_rank]")
+        parser.add_argument("--lora_target_modules", nargs="+", help="names of the layers that get one, or all-linear "
+                            "[those that peft has for the model]")  # fmt: skip
 
     # -------------------------------------------------------------------------------------------- what the task says
 
@@ -117,6 +128,8 @@ class PretrainedTask(ExampleTask):
             source, flag = self.tokenizer_source or self.model_source, "--tokenizer_name_or_path"
             if self.checkpoint_dir is not None:
                 source, flag = self.checkpoint_dir, "--checkpoint_dir"
+                if is_adapter(source) and not Path(source, TOKENIZER_CONFIG).is_file():
+                    source = base_of(source)
             if source is None:
                 raise UserError("no tokenizer: name one with --tokenizer_name_or_path")
             origin = f"the tokenizer of {flag} {source}"
@@ -130,14 +143,24 @@ class PretrainedTask(ExampleTask):
 
     def load_model(self, checkpoint_dir):
         self.checkpoint_dir = checkpoint_dir or self.checkpoint_dir
-        if checkpoint_dir is None and self._starts_from_scratch:
+        if is_adapter(self.checkpoint_dir):
+            is_fresh = checkpoint_dir is None
+            model = adapted_model(self.auto_model, self.checkpoint_dir, self.adapt_config, is_fresh)
+        elif self.lora and self.checkpoint_dir:
+            raise UserError(f"--lora_rank: {self.checkpoint_dir} holds a whole model and no adapter")
+        elif checkpoint_dir is None and self._starts_from_scratch:
+            if self.lora:
+                raise UserError(f"--lora_rank adapts a model that has weights: name one with {MODEL_FLAG}")
             values, overrides = self.config_values(), self.config_overrides
             model = new_model(
                 self.auto_model, self.config_class, self.model_source, values, overrides, self.adapt_config
             )
+        elif checkpoint_dir is None:
+            model, new_weights = start_model(self.auto_model, self.model_source, MODEL_FLAG, self.adapt_config)
+            if self.lora:
+                model = add_adapter(model, self.lora, new_weights)
         else:
-            source = checkpoint_dir or self.model_source
-            model = trained_model(self.auto_model, source, self.adapt_config, is_checkpoint=checkpoint_dir is not None)
+            model = checkpoint_model(self.auto_model, checkpoint_dir, self.adapt_config)
         num_words, num_embeddings = len(self.tokenizer), model.get_input_embeddings().num_embeddings
         if num_words > num_embeddings:
             remedy = "name the model's own with --tokenizer_name_or_path, or let --config_overrides set no vocab_size"
@@ -157,6 +180,9 @@ class PretrainedTask(ExampleTask):
     @property
     def _trains_tokenizer(self) -> bool:
         return bool(self.tokenizer_source is None and self._starts_from_scratch and self.vocab_size)
+
+    def save_model(self, model, directory):
+        save(model, directory)
 
     def load_dataset(self, split, indices=None):
         if split not in self._splits:

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from influence_core.coverage import output_head
+from influence_core.coverage import output_head, trained_layer_names
 from influence_core.errors import UserError
-from influence_core.layers import TrackedLayer, trackable_layer_names
+from influence_core.layers import TrackedLayer
 from influence_core.tasks.example import ExampleTask
 from influence_core.tasks.transformer import TransformerTask
 from influence_core.tasks.weights import Blocks
@@ -26,7 +26,7 @@ def coverage_notes(task: ExampleTask, model: nn.Module, layers: Sequence[Tracked
     """
     tracked = {layer.name for layer in layers}
     head = output_head(model)
-    trackable = [name for name in trackable_layer_names(model) if model.get_submodule(name) is not head]
+    trackable = [name for name in trained_layer_names(model) if model.get_submodule(name) is not head]
     unfit = task.observe(model).unfit if isinstance(task, TransformerTask) else {}
     notes = []
     if unfit:

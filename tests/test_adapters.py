@@ -1,0 +1,279 @@
+"""LoRA: scores over the adapters' matrices against plain autograd, peft's own directories, and what is no LoRA."""
+
+import json
+import re
+
+import peft
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+
+from dailymail_t5.task import DailyMailTask
+from influence_core.errors import UserError
+from influence_core.experiments.arguments import parse
+from influence_core.experiments.retraining import Retrainer
+from influence_core.layers import find_tracked_layers
+from influence_core.runtime import Runtime
+from influence_core.study import Study
+from influence_core.tasks.adapters import Lora, add_adapter
+from influence_core.tasks.tracking import coverage_notes
+from swag_roberta.task import SwagTask
+from tests import models
+from tests.scripts import run
+from tests.studies import score
+from tests.test_any_model import dense_scores
+from tests.test_exactness import FLOAT64, SEED, relative_error
+from wikitext_gpt2.task import WikiTextTask
+
+CLASSIFIER = ["classifier.weight", "classifier.bias"]
+# Task, model, its rank, the layers that get an adapter, new weights, and how many layers are trained.
+CASES = {
+    "GPT-2, its fused layer, rank 1": (models.RandomCausal, hf.AutoModelForCausalLM, "GPT-2", 1, ["c_attn"], [], 4),
+    "GPT-2, several": (models.RandomCausal, hf.AutoModelForCausalLM, "GPT-2", 3, ["c_attn", "c_fc", "c_proj"], [], 16),
+    "Llama": (models.RandomCausal, hf.AutoModelForCausalLM, "Llama", 2, ["all-linear"], [], 28),
+    "BERT and its new head": (
+        models.RandomClasses, hf.AutoModelForSequenceClassification, "BERT", 2, ["query", "value"], CLASSIFIER, 9),
+    "RoBERTa by choices": (
+        models.RandomChoices, hf.AutoModelForMultipleChoice, "RoBERTa", 1, ["all-linear"], CLASSIFIER, 27),
+    "T5": (models.RandomPairs, hf.AutoModelForSeq2SeqLM, "T5", 2, None, [], 12),
+    "BART": (models.RandomPairs, hf.AutoModelForSeq2SeqLM, "BART", 2, ["q_proj", "fc1"], [], 10),
+}  # fmt: skip
+
+
+def adapted(auto_model, name, rank, targets, new_weights, **changes):
+    """The model in float64 with an adapter that is no longer new: neither of its matrices is zero."""
+    configs = models.CAUSAL | models.ENCODERS | models.ENCODER_DECODERS
+    model = models.make_model(auto_model, configs[name], **changes)
+    model = add_adapter(model, Lora(rank, None, targets), new_weights).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_scores_over_adapters_are_those_of_single_examples(case, tmp_path):
+    """All that was trained is tracked, and nothing else: A, B and a new head."""
+    task_class, auto_model, name, rank, targets, new_weights, num_layers = CASES[case]
+    task = task_class()
+    changes = {"num_labels": models.CLASSES} if task_class is models.RandomClasses else {}
+    model = adapted(auto_model, name, rank, targets, new_weights, **changes)
+    study = Study(task, model, task.load_dataset("train"), tmp_path, Runtime(precision=FLOAT64, seed=SEED))
+    tracked = {id(x) for layer in study.layers for x in layer.module.parameters(recurse=False)}
+    assert tracked == {id(x) for x in model.parameters() if x.requires_grad} and len(study.layers) == num_layers
+    assert coverage_notes(task, model, study.layers, was_asked=False) == []
+    scores = score(study, ["identity", "ekfac"], query_batch_size=2, train_batch_size=7)
+    expected = dense_scores(task, model, study.layers)
+    bound = 1e-5 if name in models.PARTLY_FLOAT32 else 1e-9
+    for strategy in ("identity", "ekfac"):
+        assert relative_error(scores[strategy], expected[strategy]) < bound, strategy
+
+
+def test_a_peft_model_itself_can_be_studied(tmp_path):
+    """As somebody has it who made it with peft: what is around it hides its arguments."""
+    model = adapted(hf.AutoModelForCausalLM, "GPT-2", 2, ["c_attn"], [])
+    task = models.RandomCausal()
+    expected = score(
+        Study(task, model, task.load_dataset("train"), tmp_path / "a", Runtime(precision=FLOAT64)), ["identity"]
+    )
+    task, whole = models.RandomCausal(), model._adapted
+    assert all(name.startswith("base_model.model.") for name in task.tracked_layer_names(whole))
+    scores = score(
+        Study(task, whole, task.load_dataset("train"), tmp_path / "b", Runtime(precision=FLOAT64)), ["identity"]
+    )
+    assert relative_error(scores["identity"], expected["identity"]) < 1e-12
+
+
+# ---------------------------------------------------------------------------------------------------------- scripts
+
+GPT2 = ["--config_overrides", "n_layer=2,n_embd=16,n_head=2,n_positions=32", "--block_size", "32"]
+T5 = ["--config_overrides", "num_layers=1,d_model=16,d_ff=24,num_heads=2,d_kv=8"]
+T5 += ["--max_source_length", "40", "--max_target_length", "12"]
+BERT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """{task: directory of a model with weights}"""
+    directory = tmp_path_factory.mktemp("bases")
+    common = ["--preset", "demo", "--vocab_size", "400", "--num_train", "32", "--num_train_epochs", "1"]
+    for name, task_class, sizes in (("gpt2", WikiTextTask, GPT2), ("t5", DailyMailTask, T5)):
+        run("train", *common, *sizes, "--checkpoint_dir", directory / name, task_class=task_class).ok()
+    task = SwagTask(**dict.fromkeys(SwagTask.flag_names()) | {
+        "dataset_name_or_path": "pydoc_data.topics", "vocab_size": 400, "max_length": 24, "config_overrides": "x=1",
+    })  # fmt: skip
+    config = hf.BertConfig(**BERT, vocab_size=len(task.tokenizer), pad_token_id=task.tokenizer.pad_token_id)
+    hf.BertModel(config).save_pretrained(directory / "bert")  # without a head for choices
+    task.tokenizer.save_pretrained(directory / "bert")
+    return {WikiTextTask: directory / "gpt2", DailyMailTask: directory / "t5", SwagTask: directory / "bert"}
+
+
+SIZES = {WikiTextTask: GPT2[2:], DailyMailTask: T5[2:], SwagTask: ["--max_length", "24"]}
+
+
+def train(bases, task_class, directory, *flags, epochs=2):
+    common = ["--preset", "demo", "--checkpoint_dir", directory / "adapter", "--num_train", "32"]
+    start = ["--model_name_or_path", bases[task_class], "--config_overrides", "", *SIZES[task_class], *flags]
+    start += ["--learning_rate", "0.01", "--num_train_epochs", epochs, "--train_batch_size", "8"]
+    out = run("train", *common, *start, task_class=task_class).ok()
+    return out, [*common, "--output_dir", directory / "results", "--num_queries", "5"]
+
+
+@pytest.mark.parametrize("task_class, flags, num_layers", [
+    (WikiTextTask, ["--lora_rank", "2"], 4), (DailyMailTask, ["--lora_rank", "2", "--lora_alpha", "3"], 12),
+    (SwagTask, ["--lora_rank", "1", "--lora_target_modules", "query", "dense"], 19),
+], ids=["gpt2", "t5", "bert"])  # fmt: skip
+def test_adapters_are_trained_and_analyzed(task_class, flags, num_layers, bases, tmp_path):
+    """The checkpoint is peft's own directory; retraining moves adapters, and a new head, only."""
+    out, common = train(bases, task_class, tmp_path, *flags)
+    assert re.search(r"[\d,]+ of [\d,]+ parameters; 32 training", out)
+    names = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "training.json"} <= names and "config.json" not in names
+    out = run("analyze", *common, "--factor_strategy", "ekfac", "identity", task_class=task_class).ok()
+    assert f"tracked  {num_layers} layers" in out and "100.0% of the trained" in out and "left out: frozen" in out
+    assert "New weights" not in out and "Note: no gradient" not in out
+    whole = peft.PeftModel.from_pretrained(
+        task_class.auto_model.from_pretrained(bases[task_class]), tmp_path / "adapter"
+    )
+    assert whole.peft_config["default"].r == int(flags[1])
+    sizes = ["--num_masks", "4", "--num_repeats", "1", "--figure_dir", tmp_path]
+    assert "ekfac - identity" in run("evaluate_lds", *common, *sizes, task_class=task_class).ok()
+
+
+@pytest.mark.slow
+def test_counterfactual_of_adapters(bases, tmp_path):
+    _, common = train(bases, WikiTextTask, tmp_path, "--lora_rank", "2")
+    run("analyze", *common).ok()
+    sizes = ["--removal_sizes", "0", "9", "--num_repeats", "1", "--num_counterfactual_queries", "5"]
+    assert "after removing" in run("run_counterfactual", *common, *sizes, "--figure_dir", tmp_path).ok()
+
+
+@pytest.mark.parametrize("task_class", [WikiTextTask, SwagTask])
+def test_a_retraining_begins_where_training_did(task_class, bases, tmp_path):
+    """The same new adapter and head; the base model as it was. With no step, the checkpoint is that beginning."""
+    _, common = train(bases, task_class, tmp_path, "--lora_rank", "2", epochs=0)
+    flags = [str(flag) for flag in (*common, "--num_masks", "2")]
+    arguments = parse(task_class, "evaluate_lds", "", flags)
+    task = task_class(**arguments.task)
+    task.checkpoint_dir = arguments.checkpoint_dir
+    data = [list(task.load_dataset(split))[:4] for split in ("train", "validation")]
+    arguments.train_batch_size = 4
+    retrainer = Retrainer(task, arguments, *data)
+    trained = task_class(**arguments.task).load_model(arguments.checkpoint_dir)
+    for name, value in trained.state_dict().items():
+        torch.testing.assert_close(retrainer.initial[name], value, rtol=0, atol=0, msg=name)
+    assert any("lora_A" in name for name in retrainer.initial)
+
+
+def test_a_new_adapter_counts_nothing(bases, tmp_path):
+    """B is zero, so no gradient reaches A: one note, and finite scores."""
+    _, common = train(bases, WikiTextTask, tmp_path, "--lora_rank", "2", epochs=0)
+    strategies = ["--factor_strategy", "identity", "diagonal", "kfac", "ekfac"]
+    for damping in ("1e-8", "heuristic"):
+        suffix = ["--damping_factor", damping, "--scores_suffix", damping.replace("-", "m")]
+        out = run("analyze", *common, *strategies, *suffix).ok()
+        (note,) = re.findall("Note: no gradient reaches .*", out)
+        assert note.count("lora_A") == 2 and "lora_B" not in note
+    stored = [load_file(path) for path in (tmp_path / "results").glob("scores_*/pairwise_scores.safetensors")]
+    assert len(stored) == 8 and all(x.isfinite().all() and x.any() for each in stored for x in each.values())
+
+
+def test_an_adapter_from_elsewhere(bases, tmp_path):
+    """Made by peft alone, without a tokenizer and without train.py's record, whatever the flags would train."""
+    base = hf.AutoModelForCausalLM.from_pretrained(bases[WikiTextTask])
+    whole = peft.get_peft_model(base, peft.LoraConfig(r=3, target_modules=["c_fc"], task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, parameter in whole.named_parameters():
+            parameter.add_(0.1 * ("lora" in name))
+    whole.save_pretrained(tmp_path / "adapter")
+    task = WikiTextTask(
+        **dict.fromkeys(WikiTextTask.flag_names()) | {"block_size": 32, "dataset_name_or_path": "pydoc_data.topics"}
+    )
+    model = task.load_model(str(tmp_path / "adapter"))
+    tokens = {"input_ids": torch.arange(9)[None]}
+    torch.testing.assert_close(model.eval()(**tokens).logits, whole.eval()(**tokens).logits)
+    names = task.tracked_layer_names(model)
+    assert len(names) == 4 and all("c_fc.lora_" in name for name in names)
+    assert len(find_tracked_layers(model, names)) == 4
+
+
+# --------------------------------------------------------------------------------------------------- what is refused
+
+
+OTHERS = {
+    "DoRA": lambda: peft.LoraConfig(r=2, target_modules=["c_attn"], use_dora=True, fan_in_fan_out=True),
+    "IA3": lambda: peft.IA3Config(target_modules=["c_attn"], feedforward_modules=[], fan_in_fan_out=True),
+    "PROMPT_TUNING": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "LOHA": lambda: peft.LoHaConfig(r=2, target_modules=["c_fc"]),
+    "VERA": lambda: peft.VeraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_adapters_are_refused_by_name(kind, bases, tmp_path):
+    base = hf.AutoModelForCausalLM.from_pretrained(bases[WikiTextTask])
+    config = OTHERS[kind]()
+    try:
+        peft.get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    except (TypeError, ValueError):  # not for GPT-2's layers: the config alone tells
+        config.base_model_name_or_path = str(bases[WikiTextTask])
+        config.save_pretrained(tmp_path / "adapter")
+    flags = ["--preset", "demo", "--checkpoint_dir", tmp_path / "adapter", "--block_size", "32"]
+    for script in ("analyze", "evaluate_lds"):
+        error = run(script, *flags, "--output_dir", tmp_path / "results").error()
+    error = run("analyze", *flags, "--output_dir", tmp_path / "results").error()
+    assert f"holds a {kind} adapter: only LoRA's can be analyzed" in error
+
+
+def damage(what, directory):
+    """Change a stored adapter in one way."""
+    weights, config = directory / "adapter_model.safetensors", directory / "adapter_config.json"
+    stored, values = load_file(weights), json.loads(config.read_text())
+    first = sorted(stored)[0]
+    if what == "a weight missing":
+        del stored[first]
+    elif what == "a weight left over":
+        stored["base_model.model.other.lora_A.weight"] = stored[first].clone()
+    elif what == "another rank":
+        values["r"] = 3
+    elif what == "no base":
+        values["base_model_name_or_path"] = None
+    elif what == "a base that is gone":
+        values["base_model_name_or_path"] = str(directory / "gone")
+    elif what == "no adapter's kind":
+        values["peft_type"] = "NOTHING"
+    save_file(stored, weights)
+    config.write_text(json.dumps(values))
+    if what == "cut":
+        weights.write_bytes(weights.read_bytes()[:200])
+
+
+DAMAGES = {
+    "a weight missing": "1 weights are missing, left over or of another shape", "another rank": "of another shape",
+    "a weight left over": "1 weights are missing, left over", "no base": "names no base model",
+    "a base that is gone": "can't load base_model_name_or_path (in", "no adapter's kind": "NOTHING",
+    "cut": "can't load --checkpoint_dir",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_adapters_that_are_not_whole(what, bases, tmp_path):
+    _, common = train(bases, WikiTextTask, tmp_path, "--lora_rank", "2", epochs=0)
+    damage(what, tmp_path / "adapter")
+    run("analyze", *common).error(DAMAGES[what])
+    assert not (tmp_path / "results").exists()
+
+
+def test_flags_that_make_no_adapter(bases, tmp_path):
+    new = ["--preset", "demo", *GPT2, "--vocab_size", "400", "--checkpoint_dir", tmp_path / "none"]
+    run("train", *new, "--lora_rank", "2").error("--lora_rank adapts a model that has weights")
+    run("train", *new, "--lora_alpha", "2").error("give --lora_rank as well")
+    run("train", *new, "--lora_rank", "0").error("--lora_rank must be positive")
+    start = [*new, "--model_name_or_path", bases[WikiTextTask], "--config_overrides", ""]
+    run("train", *start, "--lora_rank", "2", "--lora_target_modules", "q_proj").error("no adapter", "q_proj")
+    flags = ["--preset", "demo", "--checkpoint_dir", bases[WikiTextTask], "--lora_rank", "2"]
+    run("analyze", *flags).error("holds a whole model and no adapter")
+    with pytest.raises(UserError, match="no adapter for this GPT2LMHeadModel"):
+        add_adapter(models.make_model(hf.AutoModelForCausalLM, models.CAUSAL["GPT-2"]), Lora(2, None, ["none"]), [])
