@@ -15,7 +15,6 @@ class DailyMailTask(Seq2SeqTask):
             "model_name_or_path": "google-t5/t5-small",
             "dataset_name_or_path": "abisee/cnn_dailymail",
             "dataset_config": "3.0.0",
-            "source_prefix": "summarize: ",
             "max_source_length": 1024,
             "max_target_length": 128,
             "num_queries": 10,
@@ -35,7 +34,6 @@ class DailyMailTask(Seq2SeqTask):
             "output_dir": "demo/dailymail_t5/influence_results",
             "figure_dir": "demo/dailymail_t5/figure",
             "config_overrides": "num_layers=2,d_model=128,d_ff=512,num_heads=4,d_kv=32,dropout_rate=0",
-            "source_prefix": "summarize: ",
             "max_source_length": 128,
             "max_target_length": 32,
             "learning_rate": 2e-3,
@@ -44,7 +42,7 @@ class DailyMailTask(Seq2SeqTask):
         },
     }
     columns = {"article": Text(), "highlights": Text()}
-    source_name, target_name = "Article", "Summary"
+    source_name, target_name, own_prefix = "Article", "Summary", "summarize: "
 
     def demo_rows(self, split):
         return demo_summaries(split)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import peft
 import pytest
@@ -53,7 +54,10 @@ def adapted(auto_model, name, rank, targets, new_weights, **changes):
     return model
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = {"Llama", "RoBERTa by choices"}
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if case in SLOW else ()) for case in CASES])
 def test_scores_over_adapters_are_those_of_single_examples(case, tmp_path):
     """All that was trained is tracked, and nothing else: A, B and a new head."""
     task_class, auto_model, name, rank, targets, new_weights, num_layers = CASES[case]
@@ -122,7 +126,8 @@ def train(bases, task_class, directory, *flags, epochs=2):
 
 
 @pytest.mark.parametrize("task_class, flags, num_layers", [
-    (WikiTextTask, ["--lora_rank", "2"], 4), (DailyMailTask, ["--lora_rank", "2", "--lora_alpha", "3"], 12),
+    (WikiTextTask, ["--lora_rank", "2"], 4),
+    pytest.param(DailyMailTask, ["--lora_rank", "2", "--lora_alpha", "3"], 12, marks=pytest.mark.slow),
     (SwagTask, ["--lora_rank", "1", "--lora_target_modules", "query", "dense"], 19),
 ], ids=["gpt2", "t5", "bert"])  # fmt: skip
 def test_adapters_are_trained_and_analyzed(task_class, flags, num_layers, bases, tmp_path):
@@ -258,10 +263,18 @@ DAMAGES = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def new_adapter(bases, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("new")
+    train(bases, WikiTextTask, directory, "--lora_rank", "2", epochs=0)
+    return directory / "adapter"
+
+
 @pytest.mark.parametrize("what", DAMAGES)
-def test_adapters_that_are_not_whole(what, bases, tmp_path):
-    _, common = train(bases, WikiTextTask, tmp_path, "--lora_rank", "2", epochs=0)
+def test_adapters_that_are_not_whole(what, new_adapter, tmp_path):
+    shutil.copytree(new_adapter, tmp_path / "adapter")
     damage(what, tmp_path / "adapter")
+    common = ["--preset", "demo", "--checkpoint_dir", tmp_path / "adapter", "--output_dir", tmp_path / "results"]
     run("analyze", *common).error(DAMAGES[what])
     assert not (tmp_path / "results").exists()
 

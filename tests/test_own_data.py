@@ -195,8 +195,9 @@ def test_a_preset_s_config_is_its_dataset_s(tmp_path):
     assert flags_of(WikiTextTask, "train", "--dataset_name_or_path", own)["dataset_config"] is None
     given = ["--dataset_name_or_path", own, "--dataset_config", "mine"]
     assert flags_of(WikiTextTask, "train", *given)["dataset_config"] == "mine"
-    assert flags_of(DailyMailTask, "train", "--preset", "demo")["source_prefix"] == "summarize: "
-    assert flags_of(DailyMailTask, "train", "--dataset_name_or_path", own)["source_prefix"] is None
+    assert make_task(DailyMailTask, own).source_prefix == "summarize: "
+    assert make_task(DailyMailTask, own, "--prompt_column", "ask").source_prefix == ""
+    assert make_task(DailyMailTask, own, "--prompt_column", "a", "--source_prefix", "x: ").source_prefix == "x: "
     directory = tmp_path / "copy"
     write(directory / "train.jsonl", PAIRS), write(directory / "none.jsonl", PAIRS)
     (directory / "README.md").write_text(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import textwrap
 
 import pytest
@@ -13,7 +14,7 @@ from influence_core.analysis import analyze
 from influence_core.layers import trackable_layer_names
 from influence_core.study import Study
 from influence_core.tasks.demo_corpus import demo_questions
-from tests.scripts import ROOT, run_process
+from tests.scripts import ROOT, run, run_process
 from tests.test_exactness import relative_error
 
 MODULES = {
@@ -87,3 +88,36 @@ def test_the_contract_s_own_example(tmp_path):
 
     gradients = torch.stack([gradient(example) for example in examples])
     assert relative_error(names["scores"], gradients[:2] @ gradients.T) < 1e-5
+
+
+def test_the_readme_s_commands_for_a_model_and_data_of_one_s_own(tmp_path, monkeypatch):
+    """Read out and run, small; the scripts after train.py need no more than its checkpoint."""
+    section = (ROOT / "README.md").read_text().split("## Your own model and data\n")[1].split("\n## ")[0]
+    commands = [
+        shlex.split(line) for line in re.findall(r"^    python (wikitext_gpt2/train\.py .*)$", section, re.MULTILINE)
+    ]
+    assert len(commands) == 3
+    monkeypatch.chdir(tmp_path)
+    small = [
+        "--preset",
+        "demo",
+        "--num_train",
+        "24",
+        "--num_train_epochs",
+        "1",
+        "--config_overrides",
+        "",
+        "--block_size",
+        "32",
+    ]
+    new = ["--vocab_size", "400", "--checkpoint_dir", "./my_model"]
+    run("train", *small, *new, "--config_overrides", "n_layer=1,n_embd=16,n_head=2,n_positions=32").ok()
+    with open("my.jsonl", "w") as file:
+        for question in demo_questions("train")[:40]:
+            file.write(json.dumps({"question": question["sent1"], "answer": question["ending0"]}) + "\n")
+    for _, *flags in commands:
+        run("train", *small, "--model_name_or_path", "./my_model", *flags).ok()
+        (directory,) = (flags[i + 1] for i, flag in enumerate(flags) if flag == "--checkpoint_dir")
+        place = ["--checkpoint_dir", directory, "--output_dir", f"{directory}_results", "--num_queries", "3"]
+        out = run("analyze", *place, "--factor_strategy", "identity").ok()
+        assert "(3, 24) [queries, training examples]" in out

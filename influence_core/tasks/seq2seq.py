@@ -27,15 +27,16 @@ class Seq2SeqTask(LanguageModelTask):
     position_limits = {"input_ids": "max_source_length", "labels": "max_target_length"}
     source_name: ClassVar[str] = "Source"  # as a person reads it
     target_name: ClassVar[str] = "Target"
-    source_prefix: str = ""  # before every source
-    of_the_dataset = (*PretrainedTask.of_the_dataset, "prompt_column", "answer_column", "source_prefix")
+    own_prefix: ClassVar[str] = ""  # before every source, where the columns are the task's own
+    of_the_dataset = (*PretrainedTask.of_the_dataset, "prompt_column", "answer_column")
 
     def __init__(
         self, max_source_length, max_target_length, source_prefix=None, prompt_column=None, answer_column=None, **flags
     ):
         super().__init__(**flags)
         self.max_source_length, self.max_target_length = max_source_length, max_target_length
-        self.source_prefix = source_prefix or ""
+        has_own_columns = prompt_column is None and answer_column is None
+        self.source_prefix = self.own_prefix if source_prefix is None and has_own_columns else source_prefix or ""
         source, target = self.columns
         self.named_columns = {source: ("--prompt_column", prompt_column), target: ("--answer_column", answer_column)}
         for name, length, least in (("source", max_source_length, 3), ("target", max_target_length, 2)):
@@ -47,7 +48,8 @@ class Seq2SeqTask(LanguageModelTask):
         PretrainedTask.add_arguments(parser)
         parser.add_argument("--max_source_length", type=int, help="tokens of a source; longer ones are cut")
         parser.add_argument("--max_target_length", type=int, help="tokens of a target; longer ones are cut")
-        parser.add_argument("--source_prefix", help="before every source, such as the 'summarize: ' of T5")
+        parser.add_argument("--source_prefix", help="before every source, such as the 'summarize: ' of T5 "
+                            "[the example's own, but where columns are named]")  # fmt: skip
         parser.add_argument("--prompt_column", help="the dataset's column of sources")
         parser.add_argument("--answer_column", help="the dataset's column of targets")
 
