@@ -170,6 +170,11 @@ def _add_overwrite_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="compute and store again what is stored already")
 
 
+def _add_tracked_layers_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tracked_layers", metavar="REGEX", help="only layers in whose name this is found (default: "
+                        "all that can be tracked but the output head)")  # fmt: skip
+
+
 def _add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eval_batch_size", type=int, help="examples in one pass of evaluation")
     parser.add_argument("--learning_rate", type=float, help="of AdamW, fixed")
@@ -187,8 +192,7 @@ def _add_analyze_arguments(parser: argparse.ArgumentParser) -> None:
                         "the pass over the training set")  # fmt: skip
     parser.add_argument("--damping_factor", type=damping, help="an absolute number; or 0.5x: 0.5 x the layer's mean "
                         f"eigenvalue; or {HEURISTIC}, which is {HEURISTIC_SCALE}x")  # fmt: skip
-    parser.add_argument("--tracked_layers", metavar="REGEX", help="only layers in whose name this is found (default: "
-                        "all that can be tracked but the output head)")  # fmt: skip
+    _add_tracked_layers_argument(parser)
     parser.add_argument("--scores_suffix", help="store the scores in scores_<strategy>_<suffix>, to keep those of "
                         "several dampings")  # fmt: skip
     parser.add_argument("--use_empirical_fisher", action="store_true", help="factors from the data's own labels")
@@ -235,8 +239,7 @@ def _add_counterfactual_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_half_precision_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--factor_strategy", nargs=1, help="whose scores to compare")
-    parser.add_argument("--tracked_layers", metavar="REGEX", help="only layers in whose name this is found (default: "
-                        "all that can be tracked but the output head)")  # fmt: skip
+    _add_tracked_layers_argument(parser)
     parser.add_argument("--scores_suffix", help="that of the scores, if they were stored with one")
     parser.add_argument("--show_query", type=int, help="the query whose scores are drawn")
 
