@@ -63,7 +63,7 @@ class CausalLMTask(LanguageModelTask):
         parser.add_argument("--text_column", help="the dataset's column of text, where it has several")
         parser.add_argument("--prompt_column", help="with --answer_column: two texts a row, of which only the answer "
                             "carries loss; where both are too long, the prompt loses its beginning")  # fmt: skip
-        parser.add_argument("--answer_column", help="see --prompt_column")
+        parser.add_argument("--answer_column", help="its column of answers, see --prompt_column")
         parser.add_argument("--one_row_one_example", action="store_true", help="each row is an example of its own, cut "
                             "to --block_size, in place of rows joined and cut into blocks")  # fmt: skip
 

@@ -17,11 +17,12 @@ STOCK_PHRASE = "An error occurred while generating the dataset"  # of datasets, 
 SHOWN_CHARACTERS = 400  # of a reason
 
 
-def load_from(source: str, flag: str, load: Callable[[], Any], details: str = "") -> Any:
-    """Load a model, tokenizer or dataset from a local directory, a file or the Hub; UserError with advice otherwise.
+def load_from(source: str, flag: str, load: Callable[[], Any], details: str = "", local: str = "directory") -> Any:
+    """Load a model, tokenizer or dataset from this machine or the Hub; UserError with advice otherwise.
 
     Args:
         details: the other flags that say what is loaded, for the message.
+        local: what it may be on this machine.
     """
     is_local = Path(source).exists()
     if not is_local:
@@ -35,8 +36,8 @@ def load_from(source: str, flag: str, load: Callable[[], Any], details: str = ""
     if is_local:
         raise UserError(f"can't load {flag} {source}{details}: {reason}")
     raise UserError(
-        f"can't load {flag} {source}{details}: it is no local directory or file, and it could not be had from the Hub "
-        f"(no network, or no such name): give a local one with {flag} ({reason})"
+        f"can't load {flag} {source}{details}: it is no local {local}, and it could not be had from the Hub (no "
+        f"network, or no such name): give a local {local} with {flag} ({reason})"
     )
 
 

@@ -66,7 +66,7 @@ class RowSource:
     def config(self) -> str | None:
         if self.given_config or not self.usual:
             return self.given_config
-        names = load_from(self.place, PLACE_FLAG, lambda: config_names(self.place))
+        names = self._from_place(lambda: config_names(self.place))
         return self.usual if self.usual in names else None
 
     @cached_property
@@ -81,7 +81,10 @@ class RowSource:
         name = self.splits[split] or split
         config = f" --dataset_config {self.config}" if self.config else ""
         details = f" (--{split}_split {name}{config})"
-        return load_from(self.place, PLACE_FLAG, lambda: load(name), details)
+        return self._from_place(lambda: load(name), details)
+
+    def _from_place(self, load: Callable[[], Any], details: str = "") -> Any:
+        return load_from(self.place, PLACE_FLAG, load, details, local="directory or file")
 
     def _whole(self, split: str) -> Part:
         name = self.splits[split] or split
