@@ -31,6 +31,13 @@ def trained_layer_names(model: nn.Module) -> list[str]:
     return [name for name in names if all(x.requires_grad for x in model.get_submodule(name).parameters(recurse=False))]
 
 
+def could_be_tracked(model: nn.Module) -> list[str]:
+    """Of these, those that are no part of the output head, whose covariances would be as large as the vocabulary."""
+    head = output_head(model)
+    of_head = set() if head is None else set(head.modules())
+    return [name for name in trained_layer_names(model) if model.get_submodule(name) not in of_head]
+
+
 def left_out(model: nn.Module, layers: Sequence[TrackedLayer]) -> dict[str, int]:
     """{kind of layer: parameters} of all that is not tracked, the most first."""
     head = output_head(model)
@@ -53,11 +60,13 @@ def left_out(model: nn.Module, layers: Sequence[TrackedLayer]) -> dict[str, int]
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """What makes the logits of a language model, if there is one."""
+    """What makes the logits of a language model, if there is one; its trained copy, where peft keeps one."""
     try:
-        return model.get_output_embeddings()
+        head = model.get_output_embeddings()
     except (AttributeError, NotImplementedError):
         return None
+    copies = getattr(head, "modules_to_save", None)
+    return head if copies is None else copies[head.active_adapters[0]]
 
 
 def _kind(module: nn.Module) -> str:

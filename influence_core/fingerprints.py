@@ -18,29 +18,39 @@ def digest(chunks: Iterable[bytes]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _tensor_bytes(tensor: Tensor) -> memoryview:
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Its numbers, for a digest."""
     return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """A digest of all parameters and buffers, names and values, and of a Transformers model's config.
+    """A digest of all parameters and buffers, names and values, and of a Transformers model's config and adapters.
 
-    The config tells models apart whose tensors are the same: number of heads, activation, dropout.
+    The configs tell models apart whose tensors are the same: number of heads, activation, dropout, an adapter's scale.
     """
 
     def parts():
         config = model.config.to_dict() if hasattr(model, "config") else {}
-        config = {key: value for key, value in config.items() if key not in _NOT_OF_THE_MODEL}
-        yield json.dumps(config, sort_keys=True, default=str).encode()
+        adapters = [adapter.to_dict() for adapter in getattr(model, "peft_config", {}).values()]
+        for each in (config, *adapters):
+            kept = {key: value for key, value in each.items() if key not in _NOT_OF_THE_MODEL}
+            yield json.dumps(kept, sort_keys=True, default=_in_order).encode()
         for name, tensor in model.state_dict().items():
             yield name.encode()
-            yield _tensor_bytes(tensor)
+            yield tensor_bytes(tensor)
 
     return digest(parts())
 
 
-# Of a config: where it came from and how it was loaded.
-_NOT_OF_THE_MODEL = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"}
+# Of a config, a model's or an adapter's: where it came from and how it was loaded.
+_NOT_OF_THE_MODEL = {
+    "_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype",
+    "base_model_name_or_path", "revision", "peft_version", "auto_mapping", "task_type", "inference_mode",
+}  # fmt: skip
+
+
+def _in_order(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else str(value)
 
 
 def dataset_fingerprint(dataset: Sequence[Any]) -> str:
@@ -56,7 +66,7 @@ def dataset_fingerprint(dataset: Sequence[Any]) -> str:
         if isinstance(value, Tensor | np.ndarray | np.generic):
             tensor = torch.as_tensor(value)
             yield f"{tensor.dtype}{tuple(tensor.shape)}:".encode()
-            yield _tensor_bytes(tensor)
+            yield tensor_bytes(tensor)
         elif isinstance(value, Mapping):
             yield f"mapping {len(value)}:".encode()
             for key in sorted(value):

@@ -13,11 +13,13 @@ from safetensors.torch import load_file, save_file
 from dailymail_t5.task import DailyMailTask
 from influence_core.errors import UserError
 from influence_core.experiments.arguments import parse
+from influence_core.experiments.bank import Retraining
 from influence_core.experiments.retraining import Retrainer
+from influence_core.fingerprints import model_fingerprint
 from influence_core.layers import find_tracked_layers
 from influence_core.runtime import Runtime
 from influence_core.study import Study
-from influence_core.tasks.adapters import Lora, add_adapter
+from influence_core.tasks.adapters import Lora, adapted_model, add_adapter
 from influence_core.tasks.tracking import coverage_notes
 from swag_roberta.task import SwagTask
 from tests import models
@@ -213,7 +215,10 @@ OTHERS = {
     "PROMPT_TUNING": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
     "LOHA": lambda: peft.LoHaConfig(r=2, target_modules=["c_fc"]),
     "VERA": lambda: peft.VeraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True),
+    "aLoRA": lambda: peft.LoraConfig(r=2, target_modules=["c_fc"], alora_invocation_tokens=[3, 4]),
+    "of tokens": lambda: peft.LoraConfig(r=2, target_modules=["c_fc"], trainable_token_indices=[1, 2]),
 }
+TOLD = {"aLoRA": "LoRA adapter with alora_invocation_tokens", "of tokens": "LoRA adapter with trainable_token_indices"}
 
 
 @pytest.mark.parametrize("kind", OTHERS)
@@ -229,7 +234,7 @@ def test_other_adapters_are_refused_by_name(kind, bases, tmp_path):
     for script in ("analyze", "evaluate_lds"):
         error = run(script, *flags, "--output_dir", tmp_path / "results").error()
     error = run("analyze", *flags, "--output_dir", tmp_path / "results").error()
-    assert f"holds a {kind} adapter: only LoRA's can be analyzed" in error
+    assert TOLD.get(kind, f"holds a {kind} adapter: only LoRA's can be analyzed") in error
 
 
 def damage(what, directory):
@@ -247,6 +252,8 @@ def damage(what, directory):
         values["base_model_name_or_path"] = None
     elif what == "a base that is gone":
         values["base_model_name_or_path"] = str(directory / "gone")
+        record = json.loads((directory / "training.json").read_text())
+        (directory / "training.json").write_text(json.dumps(record | {"model_name_or_path": "gone"}))
     elif what == "no adapter's kind":
         values["peft_type"] = "NOTHING"
     save_file(stored, weights)
@@ -256,7 +263,8 @@ def damage(what, directory):
 
 
 DAMAGES = {
-    "a weight missing": "1 weights are missing, left over or of another shape", "another rank": "of another shape",
+    "a weight missing": "1 weights are missing, left over or of another shape",
+    "another rank": "has rank 3 and alpha 4, not what",
     "a weight left over": "1 weights are missing, left over", "no base": "names no base model",
     "a base that is gone": "can't load base_model_name_or_path (in", "no adapter's kind": "NOTHING",
     "cut": "can't load --checkpoint_dir",
@@ -279,6 +287,74 @@ def test_adapters_that_are_not_whole(what, new_adapter, tmp_path):
     assert not (tmp_path / "results").exists()
 
 
+def test_a_base_may_move_but_not_change(bases, tmp_path):
+    """Where it is gone from its place, --model_name_or_path is another; with other weights it is another model."""
+    shutil.copytree(bases[WikiTextTask], tmp_path / "base")
+    moved = {WikiTextTask: tmp_path / "base"}
+    _, common = train(moved, WikiTextTask, tmp_path, "--lora_rank", "2")
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    run("analyze", *common).error("can't load base_model_name_or_path")
+    flags = ["--model_name_or_path", tmp_path / "elsewhere", "--factor_strategy", "identity"]
+    run("analyze", *common, *flags).ok()
+    model = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "elsewhere")
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight[0, 0] += 0.01
+    model.save_pretrained(tmp_path / "elsewhere")
+    run("analyze", *common, *flags, "--overwrite").error("is not the one that the adapter", "was trained on")
+
+
+def test_adapters_of_other_scales_are_other_models():
+    """Though all their tensors are the same: no scores, and no retraining, of one are the other's."""
+    found = set()
+    for alpha in (None, 3, 400):
+        model = models.make_model(hf.AutoModelForCausalLM, models.CAUSAL["GPT-2"])
+        torch.manual_seed(1)
+        found.add(model_fingerprint(add_adapter(model, Lora(2, alpha, ["c_attn"]), [])))
+    assert len(found) == 3
+
+
+def test_a_trained_copy_of_the_head_is_a_head():
+    """It is not tracked, nor is an adapter on it: their covariances would be as large as the vocabulary."""
+    task = models.RandomCausal()
+    for config in (
+        peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+        peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"]),
+    ):
+        whole = peft.get_peft_model(models.make_model(hf.AutoModelForCausalLM, models.CAUSAL["Llama"]), config)
+        names = task.tracked_layer_names(whole.get_base_model())
+        assert len(names) == 4 and all("q_proj.lora_" in name for name in names)
+
+
+def test_a_classifier_s_adapter_made_by_peft(tmp_path):
+    """RoBERTa's head is several layers, saved as one; peft's own choice of names for it."""
+    config = hf.RobertaConfig(**BERT, vocab_size=48, max_position_embeddings=40)
+    hf.RobertaModel(config).save_pretrained(tmp_path / "base")
+    auto = hf.AutoModelForSequenceClassification
+    base = auto.from_pretrained(tmp_path / "base", num_labels=3)
+    whole = peft.get_peft_model(base, peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"]))
+    whole.save_pretrained(tmp_path / "adapter")
+
+    def adapt(config, is_start):
+        config.num_labels = 3
+
+    loaded = [adapted_model(auto, str(tmp_path / "adapter"), None, None, adapt, False).eval() for _ in range(2)]
+    tokens = {"input_ids": torch.arange(9)[None]}
+    torch.testing.assert_close(loaded[0](**tokens).logits, whole.eval()(**tokens).logits)
+    assert model_fingerprint(loaded[0]) == model_fingerprint(loaded[1])
+
+
+def test_a_retraining_moves_the_adapter_only(bases, tmp_path):
+    _, common = train(bases, SwagTask, tmp_path, "--lora_rank", "2", epochs=1)
+    arguments = parse(SwagTask, "evaluate_lds", "", [str(flag) for flag in (*common, "--num_masks", "2")])
+    task = SwagTask(**arguments.task)
+    task.checkpoint_dir = arguments.checkpoint_dir
+    data = [list(task.load_dataset(split))[:16] for split in ("train", "validation")]
+    retrainer = Retrainer(task, arguments, *data)
+    retrainer(Retraining(bytes([1] * 16), 1))
+    moved = {name for name, x in retrainer.model.state_dict().items() if not torch.equal(x, retrainer.initial[name])}
+    assert moved and all("lora_" in name or "classifier.modules_to_save" in name for name in moved)
+
+
 def test_flags_that_make_no_adapter(bases, tmp_path):
     new = ["--preset", "demo", *GPT2, "--vocab_size", "400", "--checkpoint_dir", tmp_path / "none"]
     run("train", *new, "--lora_rank", "2").error("--lora_rank adapts a model that has weights")
@@ -288,5 +364,13 @@ def test_flags_that_make_no_adapter(bases, tmp_path):
     run("train", *start, "--lora_rank", "2", "--lora_target_modules", "q_proj").error("no adapter", "q_proj")
     flags = ["--preset", "demo", "--checkpoint_dir", bases[WikiTextTask], "--lora_rank", "2"]
     run("analyze", *flags).error("holds a whole model and no adapter")
+    some = ["--lora_rank", "2", "--lora_target_modules", "c_attn", "c_atn"]
+    run("train", *start, *some).error("--lora_target_modules c_atn is no layer", "c_attn")
+    train(bases, WikiTextTask, tmp_path, "--lora_rank", "2", epochs=0)
+    adapter = ["--preset", "demo", "--checkpoint_dir", tmp_path / "adapter"]
+    run("analyze", *adapter, "--lora_rank", "7").error("has rank 2 and alpha 4, not what --lora_rank")
+    of_adapter = ["--config_overrides", "", "--model_name_or_path", tmp_path / "adapter"]
+    run("train", *new, *of_adapter).error("is an adapter, not a model", "gpt2")
+    run("train", *start, "--lora_rank", "2", "--checkpoint_dir", bases[WikiTextTask]).error("choose another")
     with pytest.raises(UserError, match="no adapter for this GPT2LMHeadModel"):
         add_adapter(models.make_model(hf.AutoModelForCausalLM, models.CAUSAL["GPT-2"]), Lora(2, None, ["none"]), [])

@@ -47,7 +47,7 @@ def tokenizer(directory):
     hf.BertTokenizer(vocab=words).save_pretrained(directory)
 
 
-def make_task(task_class, directory, names=None, rows=ROWS):
+def make_task(task_class, directory, names=None, rows=ROWS, **others):
     """The task on a dataset in the Hub's layout, whose classes may have names of their own."""
     (directory / "data").mkdir()
     kind = datasets.ClassLabel(names=list(names)) if names else datasets.Value("int64")
@@ -57,7 +57,7 @@ def make_task(task_class, directory, names=None, rows=ROWS):
     tokenizer(directory / "words")
     flags = dict.fromkeys(task_class.flag_names())
     places = {"dataset_name_or_path": f"{directory / 'data'}", "tokenizer_name_or_path": f"{directory / 'words'}"}
-    return task_class(**flags | places | {"config_overrides": "type_vocab_size=2", "max_length": 16})
+    return task_class(**flags | places | {"config_overrides": "type_vocab_size=2", "max_length": 16} | others)
 
 
 # ------------------------------------------------------------------------------------------------- kinds of tokens
@@ -140,3 +140,19 @@ def test_a_head_of_other_classes_is_new(tmp_path, capsys):
     assert "New weights, to be trained: classifier.weight, classifier.bias" in out
     with pytest.raises(UserError, match="the model has 5 classes, the column 'label' 3"):
         task.load_model(f"{tmp_path / 'five'}")
+
+
+def test_columns_whose_names_are_the_task_s_own_for_others(tmp_path):
+    """A pair whose second text is called as the task calls its first; endings called as SWAG's question."""
+    task = make_task(Topics, tmp_path, text_column=["other", "text"])
+    rows = task.rows("train")
+    assert list(task.columns)[0] == "text" and rows["text"][:] == [row["other"] for row in ROWS]
+    assert rows[list(task.columns)[1]][:] == [row["text"] for row in ROWS]
+    (tmp_path / "choices").mkdir()
+    rows = [{"sent1": row["text"], "sent2": row["other"], "context": "c", "label": row["label"] % 2} for row in ROWS]
+    flags = {"text_column": "context", "ending_columns": ["sent2", "sent1"]}
+    task = make_task(SwagTask, tmp_path / "choices", rows=rows, **flags)
+    assert task.choices(task.rows("train")[0]) == [("c", rows[0]["sent2"]), ("c", rows[0]["sent1"])]
+    (tmp_path / "twice").mkdir()
+    with pytest.raises(UserError, match="'sent1' .* is wanted twice"):
+        make_task(SwagTask, tmp_path / "twice", rows=rows, ending_columns=["sent1", "sent1"]).rows("train")

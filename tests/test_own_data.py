@@ -135,7 +135,7 @@ NOT_FOUND = {
     "no pair": (DailyMailTask, PAIRS, [], "no column 'article', only number, ask, reply: .* --prompt_column"),
     "one ending": (SwagTask, QUESTIONS, ["--ending_columns", "A"], "two at least"),
     "no endings": (SwagTask, QUESTIONS, [], "no column 'sent1', only context, A, B, C, gold: .* --text_column"),
-    "two questions": (SwagTask, QUESTIONS, ["--ending_columns", "A", "B"], "no column 'sent1', .* --text_column"),
+    "two questions": (SwagTask, QUESTIONS, ["--ending_columns", "A", "B"], "no column 'question', .* --text_column"),
     "two labels": (
         SwagTask,
         [row | {"id": 3} for row in QUESTIONS],
@@ -181,6 +181,58 @@ def test_damaged_files(content, told, tmp_path):
     assert re.search(told, error)
 
 
+def test_a_file_s_name_is_no_pattern(tmp_path):
+    """Nor a directory's: another file would be read."""
+    write(tmp_path / "run1.jsonl", [{"text": "the wrong file"}] * 20)
+    path = write(tmp_path / "run[1].jsonl", [{"text": "the right file"}] * 20)
+    assert set(make_task(WikiTextTask, path).rows("train")["text"]) == {"the right file"}
+
+
+def test_rows_of_more_cells_than_the_header_names(tmp_path):
+    """A comma that is not quoted: the cell's beginning would be an index, and lost."""
+    (tmp_path / "mine.csv").write_text("text\n" + "Hello, world\n" * 20)
+    with pytest.raises(UserError, match="have more cells than its header names: quote cells with commas"):
+        make_task(WikiTextTask, tmp_path / "mine.csv").rows("train")
+
+
+def test_texts_that_look_like_nothing(tmp_path):
+    """ "None" and "NA" are answers; an empty cell is none."""
+    path = write(tmp_path / "mine.csv", [{"ask": "a", "reply": text} for text in ("None", "NA", "null", "nan") * 3])
+    flags = ["--prompt_column", "ask", "--answer_column", "reply"]
+    assert set(make_task(WikiTextTask, path, *flags).rows("train")["answer"]) == {"None", "NA", "null", "nan"}
+
+
+def test_a_mark_at_a_text_s_beginning_is_no_text(tmp_path):
+    (tmp_path / "mine.txt").write_bytes("\ufeffone\r\ntwo\r\n".encode() * 1 + b"three\n" * 5)
+    assert make_task(WikiTextTask, tmp_path / "mine.txt").rows("train")["text"][0].strip() == "one"
+
+
+def test_files_that_are_not_read_are_named(tmp_path, capsys):
+    """The datasets library reads those of one kind only."""
+    directory = tmp_path / "data"
+    for name in ("a.jsonl", "b.jsonl"):
+        write(directory / name, PAIRS)
+    (directory / "notes.txt").write_text("a note\n")
+    assert len(make_task(WikiTextTask, directory, "--text_column", "ask").rows("train")) == 108
+    assert (
+        f"Note: files of {directory} that are not read, as others are of another kind: notes.txt"
+        in capsys.readouterr().out
+    )
+
+
+def test_several_configurations_are_listed(tmp_path):
+    directory = tmp_path / "data"
+    write(directory / "a.jsonl", PAIRS), write(directory / "b.jsonl", PAIRS)
+    (directory / "README.md").write_text(
+        "---\nconfigs:\n- config_name: one\n  data_files: a.jsonl\n- config_name: two\n  data_files: b.jsonl\n---\n"
+    )
+    with pytest.raises(UserError, match="several configurations, name one with --dataset_config: one, two"):
+        make_task(WikiTextTask, directory, "--text_column", "ask").rows("train")
+    assert (
+        len(make_task(WikiTextTask, directory, "--text_column", "ask", "--dataset_config", "two").rows("train")) == 54
+    )
+
+
 # ---------------------------------------------------------------------------------------- what belongs to a dataset
 
 
@@ -213,15 +265,15 @@ def test_a_local_copy_needs_no_config():
     assert make_task(SwagTask, SHARED / "data" / "swag").row_source.config == "regular"
 
 
-def test_columns_of_a_checkpoint_s_data_are_not_another_s(tmp_path):
-    """analyze.py takes what train.py noted, but for queries from elsewhere."""
+def test_columns_of_a_checkpoint_stay(tmp_path):
+    """analyze.py takes what train.py noted: which columns there are decides what carries loss, of other data too."""
     _, flags = train(WikiTextTask, write(tmp_path / "mine.jsonl", SEVERAL), tmp_path, "--text_column", "body")
     common = flags[:4]
     assert flags_of(WikiTextTask, "analyze", *common)["text_column"] == "body"
     same = [*common, "--dataset_name_or_path", tmp_path / "mine.jsonl"]
     assert flags_of(WikiTextTask, "analyze", *same)["text_column"] == "body"
     other = [*common, "--dataset_name_or_path", documents(tmp_path / "other.jsonl")]
-    assert flags_of(WikiTextTask, "analyze", *other)["text_column"] is None
+    assert flags_of(WikiTextTask, "analyze", *other)["text_column"] == "body"
 
 
 # ------------------------------------------------------------------------------------------------ what is held out
@@ -234,10 +286,11 @@ def test_no_row_is_trained_on_and_held_out(tmp_path):
         for flags in (["--one_row_one_example"], []):
             source = make_task(WikiTextTask, path, *flags).row_source
             parts = {split: source.part(split) for split in ("train", "validation")}
-            assert sorted([*parts["train"].numbers, *parts["validation"].numbers]) == list(range(number))
+            numbers = {split: [row for _, row in part.places] for split, part in parts.items()}
+            assert sorted([*numbers["train"], *numbers["validation"]]) == list(range(number))
             assert len(parts["validation"]) == -(-number // 10)
-            for part in parts.values():
-                assert part.rows["text"][:] == [rows[n]["body"] for n in part.numbers]
+            for split, part in parts.items():
+                assert part.rows["text"][:] == [rows[n]["body"] for n in numbers[split]]
     with pytest.raises(UserError, match=r"too few rows \(1\) to hold one out"):
         make_task(WikiTextTask, write(tmp_path / "one.jsonl", SEVERAL[:1]), "--text_column", "body").rows("train")
 
@@ -253,6 +306,20 @@ def test_what_is_for_validation_is_not_held_out(tmp_path, capsys):
     task = make_task(WikiTextTask, directory, *flags)
     assert (len(task.load_dataset("train")), len(task.load_dataset("validation"))) == (60, 5)
     assert "held out" not in capsys.readouterr().out
+
+
+def test_rows_of_a_part_have_their_numbers_in_the_whole(tmp_path, capsys):
+    """Of a split, and with its name where there are several; rows that are in both are told."""
+    directory = tmp_path / "data"
+    write(directory / "train.jsonl", PAIRS), write(directory / "test.jsonl", PAIRS[:7])
+    flags = ["--text_column", "ask", "--one_row_one_example", "--train_split", "train[50%:]+test[2:]"]
+    task = make_task(WikiTextTask, directory, *flags, "--validation_split", "train[10:34]")
+    assert len(task.load_dataset("train")) == 35 and len(task.load_dataset("validation")) == 24
+    assert [task.origin("train", index) for index in (0, 29, 30, 34)] == [
+        "row 30 of train", "row 59 of train", "row 2 of test", "row 6 of test",
+    ]  # fmt: skip
+    assert task.origin("validation", 0) == "row 10" and task.rows("validation")["text"][0] == PAIRS[10]["ask"]
+    assert "Note: 4 rows are in the training set and among the queries" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------- rows, prompts and answers
@@ -273,13 +340,13 @@ def words(task):
 
 
 @pytest.mark.parametrize("room, expected", [
-    (8, [1, 2, 3, 4, 5, 6, 0]), (7, [1, 2, 3, 4, 5, 6, 0]), (6, [1, 3, 4, 5, 6, 0]), (5, [1, 4, 5, 6, 0]),
+    (9, [1, 2, 3, 4, 5, 6, 0]), (7, [1, 2, 3, 4, 5, 6, 0]), (6, [1, 3, 4, 5, 6, 0]), (5, [1, 4, 5, 6, 0]),
     (4, [4, 5, 6, 0]), (3, [4, 5, 6]), (2, [4, 5]),
 ])  # fmt: skip
 def test_an_answer_follows_its_prompt_and_carries_all_loss(room, expected, tmp_path):
     """Where both are too long, the prompt loses its beginning; an end that the tokenizer sets after it is no part."""
     path = write(tmp_path / "mine.jsonl", [{"ask": "a b c", "reply": "d e"}] * 2)
-    flags = ["--prompt_column", "ask", "--answer_column", "reply", "--block_size", str(room)]
+    flags = ["--prompt_column", "ask", "--answer_column", "reply", "--separator", " ", "--block_size", str(room)]
     (example,) = words(make_task(WikiTextTask, path, *flags)).load_dataset("train")
     assert example["input_ids"].tolist() == expected
     answered = [token if token in (5, 6, 0) else -100 for token in expected]
@@ -313,6 +380,29 @@ def test_the_loss_of_answers_is_that_of_single_examples(tmp_path):
     scores = score(study, ["identity"])["identity"]
     number = len(task.load_dataset("validation"))
     assert relative_error(scores, expected[:number] @ expected[number:].T) < 1e-9
+
+
+def test_a_prompt_ends_before_its_answer(tmp_path):
+    """By default with a line break, so that the two don't run into each other."""
+    path = write(tmp_path / "mine.jsonl", [{"ask": "What is it?", "reply": "A text."}] * 2)
+    for flags, expected in (([], "What is it?\nA text."), (["--separator", " = "], "What is it? = A text.")):
+        flags = ["--prompt_column", "ask", "--answer_column", "reply", "--vocab_size", "300", *flags]
+        task = make_task(WikiTextTask, path, *flags)
+        assert task.text(task.load_dataset("train")[0]["input_ids"]) == expected
+
+
+def test_a_row_that_is_too_short_is_named(tmp_path):
+    rows = [{"body": "x" if n == 8 else text} for n, text in enumerate(TEXTS)]
+    flags = ["--one_row_one_example", "--vocab_size", "300", "--train_split", "train[5:]"]
+    task = make_task(WikiTextTask, write(tmp_path / "mine.jsonl", rows), *flags)
+    with pytest.raises(UserError, match=r"row 8 of \S+ has 'x', a text of 1 tokens"):
+        list(task.load_dataset("train"))
+
+
+def test_joined_rows_end(tmp_path):
+    """Before the next one begins."""
+    task = make_task(WikiTextTask, write(tmp_path / "mine.jsonl", [{"body": "one two"}] * 40), "--vocab_size", "300")
+    assert "two\none" in task.describe(task.load_dataset("train")[0])
 
 
 def test_a_row_is_an_example_that_she_knows(tmp_path):

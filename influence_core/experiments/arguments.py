@@ -17,7 +17,6 @@ from influence_core.errors import UserError
 from influence_core.factors.strategies import HEURISTIC, HEURISTIC_SCALE, STRATEGIES, damping_scale
 from influence_core.tasks.example import ExampleTask, is_main_process
 
-DATASET = "dataset_name_or_path"
 TRAINING_RECORD = "training.json"  # in a checkpoint: the flags that made it
 CONFIGS = ("config.json", "adapter_config.json")  # what a checkpoint has one of: a whole model's, or an adapter's
 RECIPE_FLAGS = ("train_batch_size", "learning_rate", "weight_decay", "num_train_epochs", "use_half_precision")
@@ -132,9 +131,10 @@ def check_size(arguments: argparse.Namespace, flag: str, size: int, of: str) -> 
 
 
 def _over(values: dict, others: dict, task_class: type[ExampleTask]) -> dict:
-    """The values, with others in their place, and without what belongs to a dataset that is another now."""
-    if DATASET in others and _place(others[DATASET]) != _place(values.get(DATASET)):
-        values = {flag: value for flag, value in values.items() if flag not in task_class.of_the_dataset}
+    """The values, with others in their place, and without what belongs to a value that is another now."""
+    for flag, belonging in task_class.belonging.items():
+        if flag in others and _place(others[flag]) != _place(values.get(flag)):
+            values = {key: value for key, value in values.items() if key not in belonging}
     return values | others
 
 

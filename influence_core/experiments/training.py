@@ -37,9 +37,11 @@ def main(task_class: type[ExampleTask], description: str, argv: list[str] | None
 
 def _train(task_class: type[ExampleTask], arguments) -> None:
     checkpoint_dir = Path(arguments.checkpoint_dir)
-    record = arguments.task | {flag: getattr(arguments, flag) for flag in ("seed", "num_train", *RECIPE_FLAGS)}
+    _refuse_foreign_directory(checkpoint_dir, arguments.task)
+    task = task_class(**arguments.task)
+    record = arguments.task | task.found_flags()
+    record |= {flag: getattr(arguments, flag) for flag in ("seed", "num_train", *RECIPE_FLAGS)}
     record["num_processes"] = int(os.environ.get("WORLD_SIZE", 1))
-    _refuse_foreign_directory(checkpoint_dir)
     if not arguments.overwrite and _is_finished(checkpoint_dir, record):
         if is_main_process():
             print(f"Found finished {checkpoint_dir}, trained with the same flags; --overwrite trains again")
@@ -52,7 +54,6 @@ def _train(task_class: type[ExampleTask], arguments) -> None:
     if accelerator.is_main_process:
         require_writable(checkpoint_dir)
     set_seed(arguments.seed)
-    task = task_class(**arguments.task)
     model = task.load_model(None)
     splits = {split: task.load_dataset(split) for split in ("train", "validation")}
     num_train = check_size(arguments, "num_train", len(splits["train"]), "training set")
@@ -127,8 +128,11 @@ def _is_finished(checkpoint_dir: Path, record: dict) -> bool:
     return True
 
 
-def _refuse_foreign_directory(checkpoint_dir: Path) -> None:
-    """Nothing that train.py did not make is ever written over."""
+def _refuse_foreign_directory(checkpoint_dir: Path, sources: dict[str, Any]) -> None:
+    """Nothing that train.py did not make is ever written over, nor what it starts from."""
+    for flag, source in sources.items():
+        if flag.endswith("_or_path") and source and Path(source).resolve() == checkpoint_dir.resolve():
+            raise UserError(f"--checkpoint_dir is --{flag}, which the checkpoint would replace: choose another")
     if checkpoint_dir.is_dir() and any(checkpoint_dir.iterdir()) and not read_training_record(checkpoint_dir):
         raise UserError(f"{checkpoint_dir} holds files that train.py did not make: choose another --checkpoint_dir")
 

@@ -15,7 +15,10 @@ from influence_core.tasks.head import IGNORED
 from influence_core.tasks.language_model import LanguageModelTask
 from influence_core.tasks.observed import undisturbed
 from influence_core.tasks.pretrained import PretrainedTask
+from influence_core.tasks.rows import UnfitRow
 from influence_core.tasks.transformer import pad, topic_of
+
+SEPARATOR = "\n"  # between a prompt and its answer
 
 
 class CausalLMTask(LanguageModelTask):
@@ -30,14 +33,15 @@ class CausalLMTask(LanguageModelTask):
     position_limits = {"input_ids": "block_size"}
     count_name = "positions"
     joins_rows = True  # the texts of `rows_at_once` rows, end to end; what remains after the last block is dropped
-    of_the_dataset = (*PretrainedTask.of_the_dataset, "text_column", "prompt_column", "answer_column")
     has_answers = False  # prompts and their answers, in place of texts
 
     def __init__(
-        self, block_size, text_column=None, prompt_column=None, answer_column=None, one_row_one_example=None, **flags
-    ):
+        self, block_size, text_column=None, prompt_column=None, answer_column=None, separator=None,
+        one_row_one_example=None, **flags,
+    ):  # fmt: skip
         super().__init__(**flags)
         self.block_size = block_size
+        self.separator = SEPARATOR if separator is None else separator
         self.has_answers = bool(prompt_column or answer_column)
         if self.has_answers:
             if text_column:
@@ -64,6 +68,7 @@ class CausalLMTask(LanguageModelTask):
         parser.add_argument("--prompt_column", help="with --answer_column: two texts a row, of which only the answer "
                             "carries loss; where both are too long, the prompt loses its beginning")  # fmt: skip
         parser.add_argument("--answer_column", help="its column of answers, see --prompt_column")
+        parser.add_argument("--separator", help="between a prompt and its answer [a line break]")
         parser.add_argument("--one_row_one_example", action="store_true", help="each row is an example of its own, cut "
                             "to --block_size, in place of rows joined and cut into blocks")  # fmt: skip
 
@@ -80,18 +85,19 @@ class CausalLMTask(LanguageModelTask):
         (column,) = self.columns
         texts = [row[column].rstrip("\n") for row in rows]
         tokens = self.tokens(texts, self.block_size)
-        for text, ids in zip(texts, tokens):
+        for index, (text, ids) in enumerate(zip(texts, tokens)):
             if len(ids) < 2:
-                raise UserError(f"the text {text[:40]!r} has {len(ids)} tokens, and it takes two to predict one: leave "
-                                "such rows out")  # fmt: skip
+                raise UnfitRow(
+                    index, f"has {text[:40]!r}, a text of {len(ids)} tokens, and it takes two to predict one"
+                )
         return [{"input_ids": torch.as_tensor(ids).long()} | topic_of(row) for ids, row in zip(tokens, rows)]
 
     def _answered(self, rows: list[dict]) -> Iterator[dict[str, Tensor]]:
         """Prompt, answer and the end's token, as one sequence."""
-        prompts = self.tokenizer([row["prompt"] for row in rows], verbose=False)["input_ids"]
+        prompts = self.tokenizer([row["prompt"] + self.separator for row in rows], verbose=False)["input_ids"]
         answers = self.tokenizer([row["answer"] for row in rows], add_special_tokens=False, verbose=False)["input_ids"]
         end, begin = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
-        for prompt, answer in zip(prompts, answers):
+        for index, (prompt, answer) in enumerate(zip(prompts, answers)):
             if prompt and prompt[-1] == end and len(prompt) > 1:
                 prompt = prompt[:-1]
             answer = (answer + [end] * (end is not None))[: self.block_size - 1]
@@ -99,6 +105,8 @@ class CausalLMTask(LanguageModelTask):
             if len(prompt) > room:  # its end is nearest to the answer
                 kept = [begin] if prompt[0] == begin and room > 1 else []
                 prompt = kept + prompt[len(prompt) - room + len(kept) :]
+            if not prompt:
+                raise UnfitRow(index, "has no prompt that is a token, and nothing predicts its answer's first")
             tokens = torch.tensor(prompt + answer)
             yield {"input_ids": tokens, "labels": tokens.clone().index_fill(0, torch.arange(len(prompt)), IGNORED)}
 
@@ -122,7 +130,9 @@ class CausalLMTask(LanguageModelTask):
             examples = super().make_examples(split)
         else:
             (column,) = self.columns
-            texts, examples, self._rows_of[split] = self.rows(split)[column], [], []
+            texts, examples, self._rows_of[split] = self.rows(split)[column][:], [], []
+            # A row does not run into the next: WikiText's end with their lines, others get an end.
+            texts = [text if text.endswith("\n") or not text else f"{text}\n" for text in texts]
             for start in range(0, len(texts), self.rows_at_once):
                 for block, first, last in self._blocks(texts[start : start + self.rows_at_once]):
                     examples.append({"input_ids": block})
@@ -135,9 +145,7 @@ class CausalLMTask(LanguageModelTask):
     def origin(self, split, index):
         if split not in self._rows_of:
             return super().origin(split, index)
-        numbers = self.row_source.part(split).numbers
-        first, last = (numbers[row] for row in self._rows_of[split][index])
-        return f"row {first}" if first == last else f"rows {first} to {last}"
+        return self.row_source.name(split, *self._rows_of[split][index])
 
     def collate(self, examples):
         """Padded on the right, where no token sees it; without a mask where nothing is padded."""

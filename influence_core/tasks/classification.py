@@ -27,7 +27,6 @@ class ClassificationTask(TransformerTask):
 
     tokenizer_style = "roberta"
     position_limits = {"input_ids": "max_length"}
-    of_the_dataset = (*PretrainedTask.of_the_dataset, "text_column", "label_column")
 
     def __init__(self, max_length, label_column=None, **flags):
         super().__init__(**flags)

@@ -117,7 +117,8 @@ class Wanted:
 def find_columns(rows: "Dataset", wanted: Mapping[str, Wanted], source: str) -> tuple[dict[str, str], list[str]]:
     """({the task's name of a column: the dataset's}, notes of what was not named).
 
-    What a flag names; else the column of the task's own name; else the only one left whose type fits.
+    What a flag names; else the column of the task's own name; else the only one left whose type fits, which for a
+    label has to be the only one at all: any number might be one.
 
     Raises:
         UserError: there is no such column, or it could be one of several.
@@ -141,7 +142,9 @@ def find_columns(rows: "Dataset", wanted: Mapping[str, Wanted], source: str) -> 
     notes = []
     for name, columns in fitting.items():
         flag = wanted[name].flag
-        if flag is None or len(columns) != 1 or sum(columns == other for other in fitting.values()) > 1:
+        others = [column for column in types if column not in found.values()]
+        is_clear = len(columns) == 1 and (columns == others or not isinstance(wanted[name].kind, Label))
+        if flag is None or not is_clear or sum(columns == other for other in fitting.values()) > 1:
             remedy = "" if flag is None else f": name the one that is meant with {flag}"
             raise UserError(f"{source} has no column {name!r}, only {', '.join(types)}{remedy}")
         found[name] = columns[0]
@@ -150,10 +153,7 @@ def find_columns(rows: "Dataset", wanted: Mapping[str, Wanted], source: str) -> 
 
 
 def only_wanted(rows: "Dataset", columns: Mapping[str, str]) -> "Dataset":
-    """The rows with their columns called as the task calls them; those without a name of the task's only if all have
-    kept theirs."""
-    if all(name == column for name, column in columns.items()):
-        return rows
+    """The rows with these columns, called as the task calls them, and their topic."""
     kept = [column for column in ("topic",) if column in rows.column_names and column not in columns.values()]
     rows = rows.select_columns([*columns.values(), *kept])
     return rows.rename_columns({column: name for name, column in columns.items() if name != column})

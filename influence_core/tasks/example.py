@@ -28,8 +28,8 @@ class ExampleTask(InfluenceTask):
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         """Add the task's own flags: model, data and their sizes."""
 
-    # Flags whose values belong to that of --dataset_name_or_path: a preset's, or a checkpoint's, are not for another.
-    of_the_dataset: ClassVar[tuple[str, ...]] = ()
+    # {flag: flags whose values belong to its own}: a preset's, or a checkpoint's, are not for another.
+    belonging: ClassVar[dict[str, tuple[str, ...]]] = {}
 
     @classmethod
     def flag_names(cls) -> list[str]:
@@ -41,6 +41,10 @@ class ExampleTask(InfluenceTask):
     @abstractmethod
     def load_model(self, checkpoint_dir: str | None) -> nn.Module:
         """The model in float32; from the checkpoint, or the initial one (to train) where it is None."""
+
+    def found_flags(self) -> dict[str, Any]:
+        """Values of the task's flags that were not given but found, to be noted with a checkpoint."""
+        return {}
 
     def save_model(self, model: nn.Module, directory: str | Path) -> None:
         """Write a trained model's files, from which `load_model` makes it again."""

@@ -17,7 +17,6 @@ class MultipleChoiceTask(ClassificationTask):
     """
 
     auto_model, config_class = AutoModelForMultipleChoice, RobertaConfig
-    of_the_dataset = (*ClassificationTask.of_the_dataset, "ending_columns")
     endings: tuple[str, ...]  # of the columns, in the order of their classes
 
     def __init__(self, text_column=None, ending_columns=None, **flags):
@@ -26,9 +25,13 @@ class MultipleChoiceTask(ClassificationTask):
         if ending_columns is not None:  # then the data is of another shape than the task's own
             if len(ending_columns) < 2:
                 raise UserError("--ending_columns names the column of each ending: two at least")
-            self.endings, label = tuple(ending_columns), {self.label_column: Label(len(ending_columns))}
+            question, label = "question", {self.label_column: Label(len(ending_columns))}
+            self.endings = tuple(f"ending {number}" for number in range(len(ending_columns)))
             self.columns = {question: Text(), **dict.fromkeys(self.endings, Text(may_be_blank=False)), **label}
-        self.named_columns |= dict.fromkeys(self.endings, ("--ending_columns", None))
+        self.named_columns |= {
+            ending: ("--ending_columns", column)
+            for ending, column in zip(self.endings, ending_columns or [None] * len(self.endings))
+        }
         self.named_columns[question] = ("--text_column", text_column)
 
     @staticmethod

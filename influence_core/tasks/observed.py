@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from influence_core.coverage import output_head, trained_layer_names
+from influence_core.coverage import could_be_tracked
 from influence_core.runtime import is_out_of_memory
 from influence_core.task import Batch
 
@@ -67,8 +67,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 def observe_layers(model: nn.Module, run: Run, batches: Sequence[tuple[Batch, Shapes]], observed: Observed) -> None:
     """Note in `observed` what each layer that could be tracked reads."""
-    head = output_head(model)
-    names = [name for name in trained_layer_names(model) if model.get_submodule(name) is not head]
+    names = could_be_tracked(model)
     runs = [(_inputs_of_layers(model, names, run, batch), shapes) for batch, shapes in batches]
     for name in names:
         calls = [(shape, shapes) for inputs, shapes in runs for shape in inputs[name]]

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -44,7 +44,11 @@ class PretrainedTask(ExampleTask):
     pads: ClassVar[bool] = True  # whether `collate` needs the tokenizer's padding
     rows_at_once: ClassVar[int] = 1000  # of the dataset, that are made into examples together
     holds_out_the_end: bool = False  # where the dataset has nothing for validation: the last rows, not some of all
-    of_the_dataset = ("dataset_config", "train_split", "validation_split")
+    # Columns are not among them: which of them there are decides what carries loss, so a checkpoint's stay.
+    belonging = {
+        "dataset_name_or_path": ("dataset_config", "train_split", "validation_split"),
+        "model_name_or_path": ("config_overrides",),
+    }
 
     def __init__(
         self, model_name_or_path, tokenizer_name_or_path, config_overrides, dataset_name_or_path, dataset_config,
@@ -95,7 +99,7 @@ class PretrainedTask(ExampleTask):
 
     def demo_examples(self, split: str) -> Sequence[Any]:
         """All examples of the demo."""
-        return self.examples_of(self.demo_rows(split))
+        return Examples(self.demo_rows(split), self.rows_at_once, self.tokenized)
 
     def tokenizer_texts(self) -> list[str]:
         """The text that a new tokenizer is trained on; by default, what the training set's columns of text hold."""
@@ -129,7 +133,7 @@ class PretrainedTask(ExampleTask):
             if self.checkpoint_dir is not None:
                 source, flag = self.checkpoint_dir, "--checkpoint_dir"
                 if is_adapter(source) and not Path(source, TOKENIZER_CONFIG).is_file():
-                    source = base_of(source)
+                    source = self.tokenizer_source or base_of(source)
             if source is None:
                 raise UserError("no tokenizer: name one with --tokenizer_name_or_path")
             origin = f"the tokenizer of {flag} {source}"
@@ -145,7 +149,9 @@ class PretrainedTask(ExampleTask):
         self.checkpoint_dir = checkpoint_dir or self.checkpoint_dir
         if is_adapter(self.checkpoint_dir):
             is_fresh = checkpoint_dir is None
-            model = adapted_model(self.auto_model, self.checkpoint_dir, self.adapt_config, is_fresh)
+            model = adapted_model(
+                self.auto_model, self.checkpoint_dir, self.model_source, self.lora, self.adapt_config, is_fresh
+            )
         elif self.lora and self.checkpoint_dir:
             raise UserError(f"--lora_rank: {self.checkpoint_dir} holds a whole model and no adapter")
         elif checkpoint_dir is None and self._starts_from_scratch:
@@ -156,12 +162,15 @@ class PretrainedTask(ExampleTask):
                 self.auto_model, self.config_class, self.model_source, values, overrides, self.adapt_config
             )
         elif checkpoint_dir is None:
+            if is_adapter(self.model_source):
+                raise UserError(f"{MODEL_FLAG} {self.model_source} is an adapter, not a model: name its base model, "
+                                f"{base_of(self.model_source)}, or merge the two")  # fmt: skip
             model, new_weights = start_model(self.auto_model, self.model_source, MODEL_FLAG, self.adapt_config)
             if self.lora:
                 model = add_adapter(model, self.lora, new_weights)
         else:
             model = checkpoint_model(self.auto_model, checkpoint_dir, self.adapt_config)
-        num_words, num_embeddings = len(self.tokenizer), model.get_input_embeddings().num_embeddings
+        num_words, num_embeddings = len(self.tokenizer), len(model.get_input_embeddings().weight)
         if num_words > num_embeddings:
             remedy = "name the model's own with --tokenizer_name_or_path, or let --config_overrides set no vocab_size"
             if self.checkpoint_dir is not None:
@@ -181,6 +190,9 @@ class PretrainedTask(ExampleTask):
     def _trains_tokenizer(self) -> bool:
         return bool(self.tokenizer_source is None and self._starts_from_scratch and self.vocab_size)
 
+    def found_flags(self):
+        return {} if self.is_demo or not self.dataset_source else {"dataset_config": self.row_source.config}
+
     def save_model(self, model, directory):
         save(model, directory)
 
@@ -194,11 +206,12 @@ class PretrainedTask(ExampleTask):
 
     def make_examples(self, split: str) -> Sequence[Any]:
         """All examples of a split, made when they are asked for."""
-        return self.demo_examples(split) if self.is_demo else self.examples_of(self.rows(split))
+        if self.is_demo:
+            return self.demo_examples(split)
+        return Examples(self.rows(split), self.rows_at_once, self.tokenized, partial(self._row_name, split))
 
-    def examples_of(self, rows: "Dataset | list[dict]") -> Sequence[Any]:
-        """By default, one of each row."""
-        return Examples(rows, self.rows_at_once, self.tokenized)
+    def _row_name(self, split: str, index: int) -> str:
+        return f"{self.row_source.name(split, index)} of {self.dataset_source}"
 
     def rows(self, split: str) -> "Dataset":
         """The dataset's rows for "train" or "validation", their columns called as `columns` does."""
@@ -216,7 +229,7 @@ class PretrainedTask(ExampleTask):
     def origin(self, split, index):
         if self.is_demo:
             return None
-        return f"row {self.row_source.part(split).numbers[index]}"
+        return self.row_source.name(split, index)
 
 
 def parse_overrides(text: str) -> dict[str, Any]:

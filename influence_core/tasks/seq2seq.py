@@ -28,7 +28,6 @@ class Seq2SeqTask(LanguageModelTask):
     source_name: ClassVar[str] = "Source"  # as a person reads it
     target_name: ClassVar[str] = "Target"
     own_prefix: ClassVar[str] = ""  # before every source, where the columns are the task's own
-    of_the_dataset = (*PretrainedTask.of_the_dataset, "prompt_column", "answer_column")
 
     def __init__(
         self, max_source_length, max_target_length, source_prefix=None, prompt_column=None, answer_column=None, **flags

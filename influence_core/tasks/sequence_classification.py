@@ -11,6 +11,7 @@ from influence_core.tasks.columns import Label, Text
 from influence_core.tasks.example import is_main_process
 from influence_core.tasks.transformer import topic_of
 
+SECOND_TEXT = "second text"  # what a task calls it that has but one of its own
 UNNAMED = re.compile(r"LABEL_\d+")  # what a config calls classes that nobody named
 
 
@@ -30,8 +31,7 @@ class SequenceClassificationTask(ClassificationTask):
         given = text_column or [None] * len(names)
         if len(given) > 2:
             raise UserError(f"--text_column names one column, or the two of a pair, not {len(given)}")
-        # Called as the task calls them, as far as it has names.
-        names = [*names[: len(given)], *given[len(names) :]]
+        names = [*names, SECOND_TEXT][: len(given)]
         kinds = [self.columns.get(name, Text()) for name in names]
         self.columns = dict(zip(names, kinds)) | {self.label_column: self.label_kind}
         self.named_columns |= {name: ("--text_column", column) for name, column in zip(names, given)}

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from influence_core.coverage import output_head, trained_layer_names
+from influence_core.coverage import could_be_tracked
 from influence_core.errors import UserError
 from influence_core.layers import TrackedLayer
 from influence_core.tasks.example import ExampleTask
@@ -25,8 +25,7 @@ def coverage_notes(task: ExampleTask, model: nn.Module, layers: Sequence[Tracked
             did, and the task does not listen.
     """
     tracked = {layer.name for layer in layers}
-    head = output_head(model)
-    trackable = [name for name in trained_layer_names(model) if model.get_submodule(name) is not head]
+    trackable = could_be_tracked(model)
     unfit = task.observe(model).unfit if isinstance(task, TransformerTask) else {}
     notes = []
     if unfit:

@@ -193,7 +193,6 @@ class BenchmarkedDailyMail(BenchmarkedTask, DailyMailTask):
     """Articles and summaries that fill their lengths: the peer is right on T5 only where nothing is padded."""
 
     peer_task = SummaryPeer
-    one_example_a_row = False
 
     def tokenized(self, rows):
         lengths = {"input_ids": self.max_source_length, "labels": self.max_target_length}
