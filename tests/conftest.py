@@ -3,6 +3,7 @@
 import os
 import shutil
 
+import datasets
 import pytest
 import torch
 
@@ -42,3 +43,9 @@ def unchecked():
 def spoiled(checkpoint, tmp_path):
     """A copy of the checkpoint, to spoil."""
     return shutil.copytree(checkpoint, tmp_path / "spoiled")
+
+
+@pytest.fixture
+def datasets_cache(tmp_path, monkeypatch):
+    """The datasets library's cache, out of the home directory."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))

@@ -158,6 +158,7 @@ SWAG = ["--preset", "demo", "--max_length", "24", "--num_train", "24"]
 START = ["--config_overrides", "", "--num_train_epochs", "1"]
 
 
+@pytest.mark.slow
 def test_a_new_head_is_named_once(masked_lm, tmp_path):
     """What is new and what is left out, in one line; transformers' own table of it is not printed beside it."""
     flags = [*SWAG, *START, "--model_name_or_path", masked_lm, "--checkpoint_dir", tmp_path / "checkpoint"]

@@ -20,15 +20,10 @@ from tests.test_dailymail import flags as dailymail_flags
 from tests.test_swag import flags as swag_flags
 from wikitext_gpt2.task import WikiTextTask
 
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 QUESTIONS = demo_questions("train")[:40]
 TINY_SWAG = ["--preset", "demo", "--vocab_size", "400", "--max_length", "24", "--num_train_epochs", "1"]
 TINY_SWAG += ["--config_overrides", "num_hidden_layers=1,hidden_size=16,num_attention_heads=2,intermediate_size=24"]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """The datasets library's cache, out of the home directory."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 def write(directory, **splits):

@@ -7,6 +7,7 @@ from torch import nn
 
 from influence_core.errors import UserError
 from influence_core.tasks.head import head_is_matrix
+from influence_core.tasks.rows import Examples
 from swag_roberta.task import SwagTask
 from tests import models
 from tests.models import CAUSAL, make_model
@@ -150,5 +151,6 @@ def test_models_that_read_padding_are_refused_before_they_are_trained(config, tm
 def test_a_text_of_one_token_predicts_nothing():
     task = models.RandomCausal()
     task.columns, task.tokenizer = {"text": None}, lambda texts, **options: {"input_ids": [[5]] * len(texts)}
-    with pytest.raises(UserError, match="the text 'a' has 1 tokens, and it takes two"):
-        task.tokenized([{"text": "a"}])
+    examples = Examples([{"text": "a"}], 10, task.tokenized)
+    with pytest.raises(UserError, match="row 0 has 'a', a text of 1 tokens, and it takes two"):
+        examples[0]

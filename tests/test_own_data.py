@@ -1,77 +1,18 @@
 """Data that is not the preset's: files of each kind, columns by flag or found, a share held out, rows by number."""
 
-import csv
-import json
 import re
 
-import datasets
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import torch
 
 from dailymail_t5.task import DailyMailTask
 from influence_core.errors import UserError
 from influence_core.experiments.arguments import parse
-from influence_core.runtime import Runtime
-from influence_core.study import Study
-from influence_core.tasks.demo_corpus import demo_corpus, demo_questions
 from swag_roberta.task import SwagTask
+from tests.own_data import BLOCKS, PAIRS, QUESTIONS, SEVERAL, SIZES, documents, make_task, write
 from tests.scripts import SHARED, run
-from tests.studies import score
-from tests.test_exactness import FLOAT64, relative_error
 from wikitext_gpt2.task import WikiTextTask
 
-TEXTS = [" ".join(part.split()) for text in demo_corpus().values() for part in text.split("\n\n")]
-TEXTS = [text[:200] for text in TEXTS if len(text) > 60][:60]
-PAIRS = [{"number": n, "ask": text[:30], "reply": text[30:70]} for n, text in enumerate(TEXTS)]
-QUESTIONS = [
-    {"context": row["sent1"], "A": row["ending0"], "B": row["ending1"], "C": row["ending2"],
-     "gold": row["label"] % 3}
-    for row in demo_questions("train")[:40]
-]  # fmt: skip
-BLOCKS = ["--config_overrides", "n_layer=1,n_embd=16,n_head=2,n_positions=32", "--block_size", "32"]
-CHOICES = ["--config_overrides", "num_hidden_layers=1,hidden_size=16,num_attention_heads=2,intermediate_size=24"]
-CHOICES += ["--max_length", "24"]
-STREAMS = ["--config_overrides", "num_layers=1,d_model=16,d_ff=24,num_heads=2,d_kv=8"]
-STREAMS += ["--max_source_length", "40", "--max_target_length", "12"]
-SIZES = {WikiTextTask: BLOCKS, SwagTask: CHOICES, DailyMailTask: STREAMS}
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """The datasets library's cache, out of the home directory."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-
-
-def write(path, rows):
-    """The rows as a file of the kind that its name says."""
-    path.parent.mkdir(exist_ok=True)
-    if path.suffix == ".txt":
-        path.write_text("".join(row["body"] + "\n\n" for row in rows))
-    elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows))
-    elif path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    elif path.suffix == ".csv":
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    return path
-
-
-def documents(path):
-    return write(path, [{"number": n, "body": text} for n, text in enumerate(TEXTS)])
-
-
-def make_task(task_class, path, *flags):
-    """As train.py makes it, with the demo's preset."""
-    given = ["--preset", "demo", *SIZES[task_class], "--dataset_name_or_path", str(path), *flags]
-    return task_class(**parse(task_class, "train", "", given).task)
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
 def train(task_class, path, directory, *flags):
@@ -125,7 +66,6 @@ def test_columns_by_flag_and_by_type(task_class, rows, flags, told, tmp_path):
     assert "Query 0 (row 9)" in out and f"({len(rows) // 10}, {len(rows) * 9 // 10}) [queries" in out
 
 
-SEVERAL = [{"title": text[:20], "body": text} for text in TEXTS]
 NOT_FOUND = {
     "two texts": (WikiTextTask, SEVERAL, [], "no column 'text', only title, body: .* with --text_column"),
     "no text": (WikiTextTask, [{"n": 1}, {"n": 2}], [], "no column 'text', only n: .* --text_column"),
@@ -274,162 +214,3 @@ def test_columns_of_a_checkpoint_stay(tmp_path):
     assert flags_of(WikiTextTask, "analyze", *same)["text_column"] == "body"
     other = [*common, "--dataset_name_or_path", documents(tmp_path / "other.jsonl")]
     assert flags_of(WikiTextTask, "analyze", *other)["text_column"] == "body"
-
-
-# ------------------------------------------------------------------------------------------------ what is held out
-
-
-def test_no_row_is_trained_on_and_held_out(tmp_path):
-    for number in (2, 9, 10, 11, 60):
-        rows = [{"body": f"{text} {n}"} for n, text in enumerate(TEXTS[:number])]
-        path = write(tmp_path / f"{number}.jsonl", rows)
-        for flags in (["--one_row_one_example"], []):
-            source = make_task(WikiTextTask, path, *flags).row_source
-            parts = {split: source.part(split) for split in ("train", "validation")}
-            numbers = {split: [row for _, row in part.places] for split, part in parts.items()}
-            assert sorted([*numbers["train"], *numbers["validation"]]) == list(range(number))
-            assert len(parts["validation"]) == -(-number // 10)
-            for split, part in parts.items():
-                assert part.rows["text"][:] == [rows[n]["body"] for n in numbers[split]]
-    with pytest.raises(UserError, match=r"too few rows \(1\) to hold one out"):
-        make_task(WikiTextTask, write(tmp_path / "one.jsonl", SEVERAL[:1]), "--text_column", "body").rows("train")
-
-
-def test_what_is_for_validation_is_not_held_out(tmp_path, capsys):
-    """A split of its own, or one that was asked for."""
-    directory = tmp_path / "data"
-    write(directory / "train.jsonl", PAIRS), write(directory / "test.jsonl", PAIRS[:7])
-    flags = ["--text_column", "ask", "--one_row_one_example"]
-    task = make_task(WikiTextTask, directory, *flags, "--validation_split", "test")
-    assert (len(task.load_dataset("train")), len(task.load_dataset("validation"))) == (60, 7)
-    write(directory / "validation.jsonl", PAIRS[:5])
-    task = make_task(WikiTextTask, directory, *flags)
-    assert (len(task.load_dataset("train")), len(task.load_dataset("validation"))) == (60, 5)
-    assert "held out" not in capsys.readouterr().out
-
-
-def test_rows_of_a_part_have_their_numbers_in_the_whole(tmp_path, capsys):
-    """Of a split, and with its name where there are several; rows that are in both are told."""
-    directory = tmp_path / "data"
-    write(directory / "train.jsonl", PAIRS), write(directory / "test.jsonl", PAIRS[:7])
-    flags = ["--text_column", "ask", "--one_row_one_example", "--train_split", "train[50%:]+test[2:]"]
-    task = make_task(WikiTextTask, directory, *flags, "--validation_split", "train[10:34]")
-    assert len(task.load_dataset("train")) == 35 and len(task.load_dataset("validation")) == 24
-    assert [task.origin("train", index) for index in (0, 29, 30, 34)] == [
-        "row 30 of train", "row 59 of train", "row 2 of test", "row 6 of test",
-    ]  # fmt: skip
-    assert task.origin("validation", 0) == "row 10" and task.rows("validation")["text"][0] == PAIRS[10]["ask"]
-    assert "Note: 4 rows are in the training set and among the queries" in capsys.readouterr().out
-
-
-# --------------------------------------------------------------------------------------- rows, prompts and answers
-
-
-def words(task):
-    """A tokenizer of whole words, in which 0 ends and 1 begins a text."""
-    known = {}
-
-    def encode(texts, truncation=False, max_length=None, add_special_tokens=True, verbose=True):
-        rows = [[known.setdefault(word, len(known) + 2) for word in text.split()] for text in texts]
-        rows = [[1, *row, 0] if add_special_tokens else row for row in rows]
-        return {"input_ids": [row[:max_length] if truncation else row for row in rows]}
-
-    encode.bos_token_id, encode.eos_token_id = 1, 0
-    task.tokenizer = encode
-    return task
-
-
-@pytest.mark.parametrize("room, expected", [
-    (9, [1, 2, 3, 4, 5, 6, 0]), (7, [1, 2, 3, 4, 5, 6, 0]), (6, [1, 3, 4, 5, 6, 0]), (5, [1, 4, 5, 6, 0]),
-    (4, [4, 5, 6, 0]), (3, [4, 5, 6]), (2, [4, 5]),
-])  # fmt: skip
-def test_an_answer_follows_its_prompt_and_carries_all_loss(room, expected, tmp_path):
-    """Where both are too long, the prompt loses its beginning; an end that the tokenizer sets after it is no part."""
-    path = write(tmp_path / "mine.jsonl", [{"ask": "a b c", "reply": "d e"}] * 2)
-    flags = ["--prompt_column", "ask", "--answer_column", "reply", "--separator", " ", "--block_size", str(room)]
-    (example,) = words(make_task(WikiTextTask, path, *flags)).load_dataset("train")
-    assert example["input_ids"].tolist() == expected
-    answered = [token if token in (5, 6, 0) else -100 for token in expected]
-    assert example["labels"].tolist() == answered
-
-
-def test_the_loss_of_answers_is_that_of_single_examples(tmp_path):
-    """Of the answer alone, given all before it, whatever pads the batch: loss and scores."""
-    path = write(tmp_path / "mine.jsonl", PAIRS[:20])
-    task = make_task(WikiTextTask, path, "--prompt_column", "ask", "--answer_column", "reply", "--vocab_size", "400")
-    torch.manual_seed(0)
-    model = task.load_model(None).double().eval()
-    examples = task.load_dataset("train")
-
-    def own(example):
-        logits = model(example["input_ids"][None]).logits[0, :-1]
-        answer = example["labels"][1:] != -100
-        assert 0 < answer.sum() < len(answer)
-        return torch.nn.functional.cross_entropy(logits[answer], example["labels"][1:][answer], reduction="sum")
-
-    batch = task.collate(examples[:5])
-    assert relative_error(task.train_loss(model, batch), sum(map(own, examples[:5]))) < 1e-12
-    layer = model.transformer.h[0].mlp.c_fc
-    expected = []
-    for example in [*task.load_dataset("validation"), *examples]:
-        gradients = torch.autograd.grad(own(example), [layer.weight, layer.bias])
-        expected.append(torch.cat([gradient.flatten() for gradient in gradients]))
-    expected = torch.stack(expected)
-    task.tracked_layers = "mlp.c_fc"
-    study = Study(task, model, list(examples), tmp_path / "results", Runtime(precision=FLOAT64))
-    scores = score(study, ["identity"])["identity"]
-    number = len(task.load_dataset("validation"))
-    assert relative_error(scores, expected[:number] @ expected[number:].T) < 1e-9
-
-
-def test_a_prompt_ends_before_its_answer(tmp_path):
-    """By default with a line break, so that the two don't run into each other."""
-    path = write(tmp_path / "mine.jsonl", [{"ask": "What is it?", "reply": "A text."}] * 2)
-    for flags, expected in (([], "What is it?\nA text."), (["--separator", " = "], "What is it? = A text.")):
-        flags = ["--prompt_column", "ask", "--answer_column", "reply", "--vocab_size", "300", *flags]
-        task = make_task(WikiTextTask, path, *flags)
-        assert task.text(task.load_dataset("train")[0]["input_ids"]) == expected
-
-
-def test_a_row_that_is_too_short_is_named(tmp_path):
-    rows = [{"body": "x" if n == 8 else text} for n, text in enumerate(TEXTS)]
-    flags = ["--one_row_one_example", "--vocab_size", "300", "--train_split", "train[5:]"]
-    task = make_task(WikiTextTask, write(tmp_path / "mine.jsonl", rows), *flags)
-    with pytest.raises(UserError, match=r"row 8 of \S+ has 'x', a text of 1 tokens"):
-        list(task.load_dataset("train"))
-
-
-def test_joined_rows_end(tmp_path):
-    """Before the next one begins."""
-    task = make_task(WikiTextTask, write(tmp_path / "mine.jsonl", [{"body": "one two"}] * 40), "--vocab_size", "300")
-    assert "two\none" in task.describe(task.load_dataset("train")[0])
-
-
-def test_a_row_is_an_example_that_she_knows(tmp_path):
-    """Cut to the block's size, in the order of the file; what is in a .txt file between two blank lines is a row."""
-    for suffix in (".jsonl", ".txt"):
-        task = words(make_task(WikiTextTask, documents(tmp_path / f"mine{suffix}"), "--one_row_one_example"))
-        examples = task.load_dataset("train")
-        assert len(examples) == 54 and task.holds_out_the_end is False
-        numbers = [number for number in range(60) if number % 10 != 9]
-        for index in (0, 8, 9, 53):
-            row = numbers[index] * (2 if suffix == ".txt" else 1)
-            assert task.origin("train", index) == f"row {row}"
-            expected = task.tokenizer([TEXTS[numbers[index]]])["input_ids"][0][: task.block_size]
-            np.testing.assert_array_equal(examples[index]["input_ids"], expected)
-
-
-def test_a_block_says_of_which_rows_it_is(tmp_path):
-    """By the tokens of each row, over the bounds of what is tokenized at once."""
-    task = words(make_task(WikiTextTask, documents(tmp_path / "mine.jsonl")))
-    task.rows_at_once = 7
-    blocks = task.load_dataset("train")
-    rows = [task.tokenizer([text])["input_ids"][0] for text in TEXTS[:54]]
-    for start in range(0, 54, 7):
-        part = [(token, start + n) for n, row in enumerate(rows[start : start + 7]) for token in row]
-        for at in range(0, len(part) - 31, 32):
-            index = next(
-                i for i, block in enumerate(blocks) if block["input_ids"].tolist() == [t for t, _ in part[at : at + 32]]
-            )
-            first, last = part[at][1], part[at + 31][1]
-            assert task.origin("train", index) == (f"row {first}" if first == last else f"rows {first} to {last}")

@@ -1,26 +1,32 @@
 """Where a task's rows come from: a dataset of the Hub, a directory or a file; which are held out; which is which."""
 
-import glob
-import logging
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from influence_core.errors import UserError
 from influence_core.tasks.columns import Wanted, check_columns, find_columns, only_wanted
 from influence_core.tasks.example import is_main_process
-from influence_core.tasks.loading import load_from, overheard
+from influence_core.tasks.loading import load_from
+from influence_core.tasks.reading import (
+    PANDAS_INDEX,
+    PLACE_FLAG,
+    Places,
+    are_lines,
+    config_names,
+    csv_config,
+    load_rows,
+    make_builder,
+    places_of,
+    split_names,
+    unread_files,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder
 
 HELD_OUT = 10  # one row of so many is held out, where nothing else is for validation
-PANDAS_INDEX = "__index_level_0__"  # a column of cells that no header names
-PLACE_FLAG = "--dataset_name_or_path"
-READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -28,14 +34,14 @@ class Part:
     """Rows for training or for validation."""
 
     rows: "Dataset"
-    places: Sequence[tuple[str, int]]  # of each row: split of the dataset, number in it from 0
+    places: Places  # of each row
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.rows)
 
     def select(self, indices: Sequence[int]) -> "Part":
         """Some of the rows."""
-        return Part(self.rows.select(indices), [self.places[index] for index in indices])
+        return Part(self.rows.select(indices), self.places.select(indices))
 
 
 class RowSource:
@@ -76,7 +82,7 @@ class RowSource:
         """Such as "row 7", or "rows 7 to 9"; with the split of the dataset, where the task's is made of several."""
         places = self.part(split).places
         (of_first, start), (of_last, end) = places[first], places[first if last is None else last]
-        if len({name for name, _ in places}) == 1:
+        if len(places.splits) == 1:
             return f"row {start}" if start == end else f"rows {start} to {end}"
         return f"row {start} of {of_first}" + (f" to {end} of {of_last}" if (start, of_first) != (end, of_last) else "")
 
@@ -148,8 +154,7 @@ class RowSource:
         return {split: whole.select(each) for split, each in numbers.items()}
 
     def _note_overlap(self) -> None:
-        train, queries = (set(self._parts[split].places) for split in ("train", "validation"))
-        if both := len(train & queries):
+        if both := self._parts["train"].places.num_common(self._parts["validation"].places):
             self._say(f"Note: {both} rows are in the training set and among the queries")
 
     def _say(self, *notes: str) -> None:
@@ -212,98 +217,3 @@ class Examples(Sequence):
         if isinstance(index, range):  # of a slice
             return [self[each] for each in index]
         return self.part(index // self.rows_at_once)[index % self.rows_at_once]
-
-
-# ------------------------------------------------------------------------------------------ with the datasets library
-
-
-def config_names(place: str) -> tuple[list[str], str | None]:
-    """(the configurations of a dataset, the one that is meant where none is named); none of a file."""
-    # Here and below: only where it is needed, as it takes long to import.
-    from datasets import get_dataset_config_names, get_dataset_default_config_name
-
-    if Path(place).is_file():
-        return [], None
-    return get_dataset_config_names(place), get_dataset_default_config_name(place)
-
-
-def csv_config() -> type:
-    """Of builders that read .csv files."""
-    from datasets.packaged_modules.csv.csv import CsvConfig
-
-    return CsvConfig
-
-
-def make_builder(place: str, config: str | None) -> "DatasetBuilder":
-    """What reads a file, a directory or a dataset of the Hub."""
-    from datasets import load_dataset_builder
-
-    if not Path(place).is_file():
-        return load_dataset_builder(place, config)
-    suffix = Path(place).suffix.lower()
-    if suffix not in READERS:
-        raise UserError(f"{PLACE_FLAG} {place} is no file of {', '.join(READERS)}")
-    return load_dataset_builder(READERS[suffix], config, data_files={"train": glob.escape(place)})
-
-
-def split_names(builder: "DatasetBuilder") -> list[str]:
-    """The splits of a dataset; a file is all "train"."""
-    return list(getattr(builder.config, "data_files", None) or builder.info.splits or {})
-
-
-def are_lines(builder: "DatasetBuilder") -> bool:
-    """Whether the rows are the lines of texts."""
-    return hasattr(builder.config, "keep_linebreaks")
-
-
-def unread_files(place: str, builder: "DatasetBuilder") -> list[str]:
-    """Files of a directory that hold data and are of no split: it reads files of one kind only."""
-    if not Path(place).is_dir():
-        return []
-    splits = (getattr(builder.config, "data_files", None) or {}).values()
-    read = {Path(file).resolve() for files in splits for file in files}
-    found = (path for path in sorted(Path(place).glob("*")) if path.suffix.lower() in READERS)
-    return [path.name for path in found if read and path.is_file() and path.resolve() not in read]
-
-
-def places_of(place: str, builder: "DatasetBuilder", split: str, num_rows: int) -> list[tuple[str, int]]:
-    """(split of the dataset, number in it) of each row of a split or of parts such as "train[:10%]+test"."""
-    from datasets import ReadInstruction
-
-    if re.fullmatch(r"\w+", split):
-        return [(split, number) for number in range(num_rows)]
-    names = dict.fromkeys(re.findall(r"(?:^|\+)\s*(\w+)", split))
-    lengths = {name: len(load_rows(place, builder, name)) for name in names}
-    parts = ReadInstruction.from_spec(split).to_absolute(lengths)
-    return [
-        (part.splitname, number)
-        for part in parts
-        for number in range(part.from_ or 0, part.to or lengths[part.splitname])
-    ]
-
-
-def load_rows(place: str, builder: "DatasetBuilder", split: str) -> "Dataset":
-    """The rows of a split, or of parts such as "train[:10%]+test"."""
-    from datasets import load_dataset
-
-    files, options = None, {}
-    if isinstance(builder.config, csv_config()):
-        options |= {"keep_default_na": False, "na_values": [""]}  # "None" and "NA" are texts
-    if Path(place).exists():
-        # Else datasets reads all splits, and casts their cells to the types of the first one's: 7 to "7", and a text
-        # beside a 7 to one in quotation marks.
-        found = builder.config.data_files or {}
-        names = re.findall(r"(?:^|\+)\s*(\w+)", split)
-        files = {name: found[name] for name in names if name in found} or None
-    if are_lines(builder):  # which are joined again
-        options |= {"keep_linebreaks": True, "encoding": "utf-8-sig"}
-    if Path(place).is_file():
-        place, files = READERS[Path(place).suffix.lower()], files or builder.config.data_files
-    # Which file it is stands in what datasets logs of an error, not in the error.
-    with overheard("datasets", lambda record: record.levelno >= logging.ERROR) as logged:
-        try:
-            return load_dataset(place, builder.config.name, data_files=files, split=split, **options)
-        except Exception as error:
-            for message in logged:
-                error.add_note(message)
-            raise

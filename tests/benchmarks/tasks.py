@@ -194,9 +194,10 @@ class BenchmarkedDailyMail(BenchmarkedTask, DailyMailTask):
 
     peer_task = SummaryPeer
 
-    def tokenized(self, rows):
+    def make_examples(self, split):
         lengths = {"input_ids": self.max_source_length, "labels": self.max_target_length}
-        return [x for x in super().tokenized(rows) if all(len(x[key]) == length for key, length in lengths.items())]
+        examples = super().make_examples(split)
+        return [x for x in examples if all(len(x[key]) == length for key, length in lengths.items())]
 
     def labelled_loss(self, model, batch):
         return self.scores(model, batch).loss(batch[LABELS])
