@@ -1,6 +1,7 @@
 """The scripts under torchrun, as a person launches them: all three examples, and a process that dies on the way."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -124,9 +125,9 @@ def test_a_process_that_dies_ends_the_job_and_a_rerun_goes_on(rank, tmp_path):
 
 @pytest.mark.slow
 def test_a_process_that_refuses_its_input_ends_the_job(tmp_path):
-    """Its line is shown, and no other process waits for it."""
+    """Its line is shown, whichever process comes to it first, and no other waits for it."""
     place = ["--checkpoint_dir", tmp_path / "none", "--output_dir", tmp_path / "results"]
     start = time.monotonic()
     outcome = run_process([*TORCHRUN, "swag_roberta/analyze.py", "--preset", "demo", "--use_ddp", *place])
-    assert outcome.code != 0 and "error: no checkpoint in" in outcome.err
+    assert outcome.code != 0 and re.search(r"^error( \(process 1\))?: no checkpoint in", outcome.err, re.MULTILINE)
     assert time.monotonic() - start < ENDS_WITHIN
