@@ -189,6 +189,7 @@ def test_a_preset_s_config_is_its_dataset_s(tmp_path):
     assert flags_of(WikiTextTask, "train", *given)["dataset_config"] == "mine"
     assert make_task(DailyMailTask, own).source_prefix == "summarize: "
     assert make_task(DailyMailTask, own, "--prompt_column", "ask").source_prefix == ""
+    assert make_task(DailyMailTask, own, "--prompt_column", "article").source_prefix == "summarize: "
     assert make_task(DailyMailTask, own, "--prompt_column", "a", "--source_prefix", "x: ").source_prefix == "x: "
     directory = tmp_path / "copy"
     write(directory / "train.jsonl", PAIRS), write(directory / "none.jsonl", PAIRS)

@@ -140,7 +140,8 @@ def _over(values: dict, others: dict, task_class: type[ExampleTask]) -> dict:
 
 def _place(value: str | None) -> str | None:
     """The same for the same place, however it is named."""
-    return str(Path(value).resolve()) if value is not None and Path(value).exists() else value
+    path = None if value is None else Path(value).expanduser()
+    return str(path.resolve()) if path is not None and path.exists() else value
 
 
 def _defaults(defaults: dict, script: str) -> dict:

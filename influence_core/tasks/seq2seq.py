@@ -34,9 +34,9 @@ class Seq2SeqTask(LanguageModelTask):
     ):
         super().__init__(**flags)
         self.max_source_length, self.max_target_length = max_source_length, max_target_length
-        has_own_columns = prompt_column is None and answer_column is None
-        self.source_prefix = self.own_prefix if source_prefix is None and has_own_columns else source_prefix or ""
         source, target = self.columns
+        has_own_columns = prompt_column in (None, source) and answer_column in (None, target)
+        self.source_prefix = self.own_prefix if source_prefix is None and has_own_columns else source_prefix or ""
         self.named_columns = {source: ("--prompt_column", prompt_column), target: ("--answer_column", answer_column)}
         for name, length, least in (("source", max_source_length, 3), ("target", max_target_length, 2)):
             if length < least:
@@ -48,7 +48,7 @@ class Seq2SeqTask(LanguageModelTask):
         parser.add_argument("--max_source_length", type=int, help="tokens of a source; longer ones are cut")
         parser.add_argument("--max_target_length", type=int, help="tokens of a target; longer ones are cut")
         parser.add_argument("--source_prefix", help="before every source, such as the 'summarize: ' of T5 "
-                            "[the example's own, but where columns are named]")  # fmt: skip
+                            "[the example's own, for data with its columns]")  # fmt: skip
         parser.add_argument("--prompt_column", help="the dataset's column of sources")
         parser.add_argument("--answer_column", help="the dataset's column of targets")
 
