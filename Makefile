@@ -1,6 +1,6 @@
 # make demo   train a small GPT-2 on a corpus that every Python has, and show which sequences made it say what it says
 # make test   all tests but the slow ones: under 10 minutes on 2 cores
-# make test-slow   those: torch.compile, torchrun, the README's own task
+# make test-slow   those: torch.compile, torchrun, the README's own task, all scripts on other models, near relatives of models
 # make lint   style and formatting
 # make benchmark   agreement and time beside kronfluence 1.0.1
 # Each makes .venv and installs requirements.txt into it where that has not been done.

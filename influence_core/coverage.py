@@ -25,8 +25,8 @@ def describe_coverage(model: nn.Module, layers: Sequence[TrackedLayer]) -> str:
 
 def trained_layer_names(model: nn.Module) -> list[str]:
     """The layers that can be tracked and that training moved: all where nothing is frozen, else those that are not."""
-    names, trains = trackable_layer_names(model), {parameter.requires_grad for parameter in model.parameters()}
-    if len(trains) < 2:
+    names = trackable_layer_names(model)
+    if not _is_partly_frozen(model):
         return names
     return [name for name in names if all(x.requires_grad for x in model.get_submodule(name).parameters(recurse=False))]
 
@@ -44,7 +44,7 @@ def left_out(model: nn.Module, layers: Sequence[TrackedLayer]) -> dict[str, int]
     of_head = set(map(id, head.parameters())) if head is not None else set()
     seen = {id(parameter) for layer in layers for parameter in layer.module.parameters(recurse=False)}
     trackable, counts = set(trackable_layer_names(model)), dict[str, int]()
-    is_partly_frozen = len({parameter.requires_grad for parameter in model.parameters()}) > 1
+    is_partly_frozen = _is_partly_frozen(model)
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             if id(parameter) in seen:
@@ -67,6 +67,10 @@ def output_head(model: nn.Module) -> nn.Module | None:
         return None
     copies = getattr(head, "modules_to_save", None)
     return head if copies is None else copies[head.active_adapters[0]]
+
+
+def _is_partly_frozen(model: nn.Module) -> bool:
+    return len({parameter.requires_grad for parameter in model.parameters()}) > 1
 
 
 def _kind(module: nn.Module) -> str:

@@ -13,12 +13,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from transformers.utils import CONFIG_NAME
+
 from influence_core.errors import UserError
 from influence_core.factors.strategies import HEURISTIC, HEURISTIC_SCALE, STRATEGIES, damping_scale
+from influence_core.tasks import adapters
 from influence_core.tasks.example import ExampleTask, is_main_process
 
 TRAINING_RECORD = "training.json"  # in a checkpoint: the flags that made it
-CONFIGS = ("config.json", "adapter_config.json")  # what a checkpoint has one of: a whole model's, or an adapter's
+CONFIGS = (CONFIG_NAME, adapters.CONFIG)  # what a checkpoint has one of: a whole model's, or an adapter's
 RECIPE_FLAGS = ("train_batch_size", "learning_rate", "weight_decay", "num_train_epochs", "use_half_precision")
 
 COMMON_DEFAULTS = {

@@ -70,7 +70,9 @@ def add_adapter(model: nn.Module, lora: Lora, new_weights: Sequence[str]) -> nn.
     Raises:
         UserError: peft finds no layers for it.
     """
-    model = _adapted(model, lora.config(_modules_of(new_weights)), new_weights)
+    base = _digest(model, new_weights)
+    model = _adapted(model, lora.config(_modules_of(new_weights)))
+    object.__setattr__(model, _BASE, base)
     _refuse_misspelt(model, lora.target_modules)
     return model
 
@@ -103,10 +105,10 @@ def adapted_model(
     if untrained:
         raise UserError(f"neither the base model {base} nor the adapter in {directory} has weights for "
                         f"{', '.join(untrained)}: train it with them in modules_to_save")  # fmt: skip
+    _refuse_another_base(model, new_weights, base, directory)
     config.inference_mode = False
-    model = _adapted(model, config, new_weights)
+    model = _adapted(model, config)
     if not is_fresh:
-        _refuse_another_base(model, base, directory)
         whole = getattr(model, _WHOLE)
         if not any(Path(directory, name).is_file() for name in WEIGHTS):
             raise UserError(f"{directory} has the config of an adapter and no weights ({' or '.join(WEIGHTS)})")
@@ -151,15 +153,19 @@ def save(model: nn.Module, directory: str | Path) -> None:
     Path(directory, BASE).write_text(json.dumps({"fingerprint": getattr(model, _BASE)}))
 
 
-def _adapted(model: nn.Module, config: Any, new_weights: Sequence[str]) -> nn.Module:
-    from peft import get_peft_model
-
-    base = digest(
+def _digest(base: nn.Module, new_weights: Sequence[str]) -> str:
+    """Of the weights that a base model came with."""
+    return digest(
         chunk
-        for name, tensor in model.state_dict().items()
+        for name, tensor in base.state_dict().items()
         if name not in new_weights
         for chunk in (name.encode(), tensor_bytes(tensor))
     )
+
+
+def _adapted(model: nn.Module, config: Any) -> nn.Module:
+    from peft import get_peft_model
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what peft calls in transformers
@@ -170,8 +176,7 @@ def _adapted(model: nn.Module, config: Any, new_weights: Sequence[str]) -> nn.Mo
         ) from None
     # The model itself has the adapter's layers now; what is around it would only hide its arguments.
     model = whole.get_base_model()
-    object.__setattr__(model, _WHOLE, whole)  # not as parts of it
-    object.__setattr__(model, _BASE, base)
+    object.__setattr__(model, _WHOLE, whole)  # not as a part of it
     return model
 
 
@@ -189,10 +194,10 @@ def _is_layer(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, nn.Embedding)) or hasattr(module, "base_layer")
 
 
-def _refuse_another_base(model: nn.Module, base: str, directory: str) -> None:
+def _refuse_another_base(model: nn.Module, new_weights: Sequence[str], base: str, directory: str) -> None:
     """Where it is noted which the adapter was trained on: as train.py does, and peft does not."""
     path = Path(directory, BASE)
-    if path.is_file() and json.loads(path.read_text()).get("fingerprint") != getattr(model, _BASE):
+    if path.is_file() and json.loads(path.read_text()).get("fingerprint") != _digest(model, new_weights):
         raise UserError(f"the base model {base} is not the one that the adapter in {directory} was trained on: its "
                         "weights are others now")  # fmt: skip
 

@@ -19,6 +19,8 @@ class ExampleTask(InfluenceTask):
 
     name: ClassVar[str]  # folder of the example
     presets: ClassVar[dict[str, dict[str, Any]]] = {}  # {"full": {flag: default}, "demo": …}; flags of any script
+    # {flag: flags whose values belong to its own}: a preset's, or a checkpoint's, are not for another.
+    belonging: ClassVar[dict[str, tuple[str, ...]]] = {}
     tokenizer: Any  # of the checkpoint, where `checkpoint_dir` names one; else of the initial model
     checkpoint_dir: str | None = None
     tracked_layers: str | None = None  # a regular expression that narrows what is tracked; of --tracked_layers
@@ -27,9 +29,6 @@ class ExampleTask(InfluenceTask):
     @abstractmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         """Add the task's own flags: model, data and their sizes."""
-
-    # {flag: flags whose values belong to its own}: a preset's, or a checkpoint's, are not for another.
-    belonging: ClassVar[dict[str, tuple[str, ...]]] = {}
 
     @classmethod
     def flag_names(cls) -> list[str]:

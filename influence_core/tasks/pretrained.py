@@ -37,9 +37,7 @@ class PretrainedTask(ExampleTask):
 
     auto_model: ClassVar[type]  # such as AutoModelForCausalLM
     config_class: ClassVar[type[PretrainedConfig]]  # of models from scratch
-    columns: dict[
-        str, Kind
-    ]  # that the dataset must have, {"sentence": Text(), "label": Label(2)}; flags may rename them
+    columns: dict[str, Kind]  # that the dataset must have: {"sentence": Text(), "label": Label(2)}; see named_columns
     tokenizer_style: ClassVar[str]  # whose special tokens a new tokenizer gets, see train_tokenizer
     pads: ClassVar[bool] = True  # whether `collate` needs the tokenizer's padding
     rows_at_once: ClassVar[int] = 1000  # of the dataset, that are made into examples together

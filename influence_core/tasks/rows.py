@@ -195,7 +195,6 @@ class Examples(Sequence):
     ):
         self.rows, self.rows_at_once, self.make, self.name = rows, rows_at_once, make, name
         self.made: dict[int, list[Any]] = {}
-        self.num_parts = -(-len(rows) // rows_at_once)
 
     def part(self, number: int) -> list[Any]:
         if number not in self.made:
