@@ -54,13 +54,6 @@ class SwagTask(MultipleChoiceTask):
         return demo_questions(split)
 
     def choices(self, row):
-        if "sent2" not in self.columns:
+        if self.prompt.names != ["sent1", "sent2"] or not self.prompt.is_own:
             return super().choices(row)
         return [(row["sent1"], f"{row['sent2']} {row[ending]}") for ending in self.endings]
-
-    def describe(self, example):
-        question = " ".join(example[name] for name in ("sent1", "sent2") if name in self.columns)
-        lines = [f"{question} …"]
-        for number, ending in enumerate(self.endings):
-            lines.append(f"  {'->' if number == example['label'] else '  '} {example[ending]}")
-        return "\n".join(lines)

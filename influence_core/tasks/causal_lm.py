@@ -15,6 +15,7 @@ from influence_core.tasks.head import IGNORED
 from influence_core.tasks.language_model import LanguageModelTask
 from influence_core.tasks.observed import undisturbed
 from influence_core.tasks.pretrained import PretrainedTask
+from influence_core.tasks.prompts import PROMPT_FLAG, Prompt
 from influence_core.tasks.rows import UnfitRow
 from influence_core.tasks.transformer import pad, topic_of
 
@@ -46,10 +47,9 @@ class CausalLMTask(LanguageModelTask):
         if self.has_answers:
             if text_column:
                 raise UserError("--text_column is for whole texts, --prompt_column and --answer_column for two parts")
-            self.columns = {"prompt": Text(), "answer": Text(may_be_blank=False)}
-            self.named_columns = {
-                "prompt": ("--prompt_column", prompt_column), "answer": ("--answer_column", answer_column)
-            }  # fmt: skip
+            self.prompt = Prompt(PROMPT_FLAG, ["prompt"], prompt_column)
+            self.columns = self.prompt.columns | {"answer": Text(may_be_blank=False)}
+            self.named_columns = self.prompt.named_columns | {"answer": ("--answer_column", answer_column)}
         else:
             (name,) = self.columns
             self.named_columns = {name: ("--text_column", text_column)}
@@ -65,10 +65,11 @@ class CausalLMTask(LanguageModelTask):
         PretrainedTask.add_arguments(parser)
         parser.add_argument("--block_size", type=int, help="tokens of a sequence")
         parser.add_argument("--text_column", help="the dataset's column of text, where it has several")
-        parser.add_argument("--prompt_column", help="with --answer_column: two texts a row, of which only the answer "
-                            "carries loss; where both are too long, the prompt loses its beginning")  # fmt: skip
+        parser.add_argument(PROMPT_FLAG, nargs="+", help="with --answer_column: two texts a row, of which only the "
+                            "answer carries loss; where both are too long, the prompt loses its beginning; it may be "
+                            "of several columns, such as an instruction and its input")  # fmt: skip
         parser.add_argument("--answer_column", help="its column of answers, see --prompt_column")
-        parser.add_argument("--separator", help="between a prompt and its answer [a line break]")
+        parser.add_argument("--separator", help="between a prompt, its parts and its answer [a line break]")
         parser.add_argument("--one_row_one_example", action="store_true", help="each row is an example of its own, cut "
                             "to --block_size, in place of rows joined and cut into blocks")  # fmt: skip
 
@@ -94,7 +95,8 @@ class CausalLMTask(LanguageModelTask):
 
     def _answered(self, rows: list[dict]) -> Iterator[dict[str, Tensor]]:
         """Prompt, answer and the end's token, as one sequence."""
-        prompts = self.tokenizer([row["prompt"] + self.separator for row in rows], verbose=False)["input_ids"]
+        texts = [self.prompt.text(row, self.separator) + self.separator for row in rows]
+        prompts = self.tokenizer(texts, verbose=False)["input_ids"]
         answers = self.tokenizer([row["answer"] for row in rows], add_special_tokens=False, verbose=False)["input_ids"]
         end, begin = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
         for index, (prompt, answer) in enumerate(zip(prompts, answers)):

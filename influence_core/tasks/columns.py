@@ -3,9 +3,11 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
 from influence_core.errors import UserError
+from influence_core.tasks.nested import nested_names, nested_type
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,14 +38,15 @@ class Kind(ABC):
 
 @dataclass(frozen=True)
 class Text(Kind):
-    """A string."""
+    """A string; where it may be missing, a null is as good as an empty one."""
 
     may_be_blank: bool = True
+    may_be_missing: bool = False
 
     def takes_all(self, column):
         import pyarrow.compute as pc  # here and below: it comes with datasets, which takes long to import
 
-        if column.null_count or not self.is_type(column.type):
+        if not self.is_type(column.type) or (column.null_count and not self.may_be_missing):
             return False
         return self.may_be_blank or not pc.any(pc.equal(pc.utf8_trim_whitespace(column), "")).as_py()
 
@@ -53,6 +56,8 @@ class Text(Kind):
         return types.is_string(column) or types.is_large_string(column)
 
     def takes(self, value):
+        if value is None:
+            return self.may_be_missing
         return isinstance(value, str) and (self.may_be_blank or bool(value.strip()))
 
     def __str__(self):
@@ -106,6 +111,33 @@ class Label(Kind):
 
 
 @dataclass(frozen=True)
+class Ending(Label):
+    """One of several endings: by its number from 0, which may be written as a text, or by its letter from A."""
+
+    @property
+    def letters(self) -> str:
+        return ascii_uppercase[: self.num_classes]
+
+    def index(self, value):
+        if not isinstance(value, str):
+            return value
+        return int(value) if value.isdecimal() else self.letters.index(value)
+
+    def is_type(self, column):
+        from pyarrow import types
+
+        return types.is_integer(column) or types.is_string(column)
+
+    def takes(self, value):
+        if isinstance(value, str) and value.isdecimal():
+            return super().takes(int(value))
+        return super().takes(value) or (isinstance(value, str) and len(value) == 1 and value in self.letters)
+
+    def __str__(self):
+        return f"{super().__str__()}, or a letter from A to {self.letters[-1]}"
+
+
+@dataclass(frozen=True)
 class Wanted:
     """A column that a task reads."""
 
@@ -114,20 +146,24 @@ class Wanted:
     given: str | None = None  # by that flag
 
 
-def find_columns(rows: "Dataset", wanted: Mapping[str, Wanted], source: str) -> tuple[dict[str, str], list[str]]:
+def find_columns(
+    types: Mapping[str, "DataType"], wanted: Mapping[str, Wanted], source: str
+) -> tuple[dict[str, str], list[str]]:
     """({the task's name of a column: the dataset's}, notes of what was not named).
 
     What a flag names; else the column of the task's own name; else the only one left whose type fits, which for a
-    label has to be the only one at all: any number might be one.
+    label has to be the only one at all: any number might be one. A flag may also name a part of a column's cells.
 
+    Args:
+        types: of the dataset's columns.
     Raises:
         UserError: there is no such column, or it could be one of several.
     """
-    types = {field.name: field.type for field in rows.data.schema}
+    names = ", ".join(name for column, kind in types.items() for name in nested_names(column, kind))
     found: dict[str, str] = {}
     for name, each in wanted.items():
-        if each.given is not None and each.given not in types:
-            raise UserError(f"{source} has no column {each.given!r} ({each.flag}), only {', '.join(types)}")
+        if each.given is not None and each.given not in types and nested_type(types, each.given) is None:
+            raise UserError(f"{source} has no column {each.given!r} ({each.flag}), only {names}")
         if each.given is not None or name in types:
             found[name] = each.given or name
     twice = [column for column in found.values() if list(found.values()).count(column) > 1]
@@ -146,7 +182,7 @@ def find_columns(rows: "Dataset", wanted: Mapping[str, Wanted], source: str) -> 
         is_clear = len(columns) == 1 and (columns == others or not isinstance(wanted[name].kind, Label))
         if flag is None or not is_clear or sum(columns == other for other in fitting.values()) > 1:
             remedy = "" if flag is None else f": name the one that is meant with {flag}"
-            raise UserError(f"{source} has no column {name!r}, only {', '.join(types)}{remedy}")
+            raise UserError(f"{source} has no column {name!r}, only {names}{remedy}")
         found[name] = columns[0]
         notes.append(f"Note: {flag} is {columns[0]!r}, the only column of {source} that it could be")
     return found, notes
@@ -166,9 +202,10 @@ def check_columns(rows: "Dataset", kinds: Mapping[str, Kind], source: str, split
         if kind.takes_all(rows.data.column(column)):
             continue
         wrong = [(row, value) for row, value in enumerate(_cells(rows, column)) if not kind.takes(value)]
+        # In a column of whole numbers, a null makes floats of all others, and a word makes texts of them.
+        wrong = [each for each in wrong if not kind.looks_right(each[1])] or wrong
         if wrong:
-            # A null first: in a column of whole numbers it makes floats of all others.
-            row, value = min(wrong, key=lambda each: (each[1] is not None, kind.looks_right(each[1])))
+            row, value = min(wrong, key=lambda each: each[1] is not None)
             others = f" ({len(wrong) - 1} more rows are wrong)" if len(wrong) > 1 else ""
             raise UserError(
                 f"{source}: row {row} of the {split} split has {_shown(value)} as {column!r}, which has to be "

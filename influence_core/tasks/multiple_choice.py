@@ -7,7 +7,8 @@ from transformers import AutoModelForMultipleChoice, RobertaConfig
 
 from influence_core.errors import UserError
 from influence_core.tasks.classification import ClassificationTask
-from influence_core.tasks.columns import Label, Text
+from influence_core.tasks.columns import Ending, Text
+from influence_core.tasks.prompts import Prompt
 
 
 class MultipleChoiceTask(ClassificationTask):
@@ -21,25 +22,31 @@ class MultipleChoiceTask(ClassificationTask):
 
     def __init__(self, text_column=None, ending_columns=None, **flags):
         super().__init__(**flags)
-        question = next(name for name in self.columns if name not in (*self.endings, self.label_column))
+        question = [name for name in self.columns if name not in (*self.endings, self.label_column)]
         if ending_columns is not None:  # then the data is of another shape than the task's own
             if len(ending_columns) < 2:
-                raise UserError("--ending_columns names the column of each ending: two at least")
-            question, label = "question", {self.label_column: Label(len(ending_columns))}
+                raise UserError("--ending_columns names the column of each ending, two at least; of endings in a list "
+                                "they are called endings.0 endings.1 …")  # fmt: skip
+            question, label = ["question"], {self.label_column: Ending(len(ending_columns))}
             self.endings = tuple(f"ending {number}" for number in range(len(ending_columns)))
-            self.columns = {question: Text(), **dict.fromkeys(self.endings, Text(may_be_blank=False)), **label}
+            self.columns = dict.fromkeys(self.endings, Text(may_be_blank=False)) | label
+        self.prompt = Prompt("--text_column", question, text_column)
+        others = {name: kind for name, kind in self.columns.items() if name not in question}
+        self.columns = self.prompt.columns | others
         self.named_columns |= {
             ending: ("--ending_columns", column)
             for ending, column in zip(self.endings, ending_columns or [None] * len(self.endings))
         }
-        self.named_columns[question] = ("--text_column", text_column)
+        self.named_columns |= self.prompt.named_columns
 
     @staticmethod
     def add_arguments(parser):
         ClassificationTask.add_arguments(parser)
-        parser.add_argument("--text_column", help="the dataset's column of questions, or of their beginnings")
+        parser.add_argument("--text_column", nargs="+", help="the dataset's column of questions, or the columns that "
+                            "make one")  # fmt: skip
         parser.add_argument("--ending_columns", nargs="+", help="its columns of endings, in the order of their "
-                            "classes: a question is then --text_column alone")  # fmt: skip
+                            "classes, or the parts of one (endings.0 endings.1): a question is then --text_column "
+                            "alone")  # fmt: skip
 
     @property
     def num_choices(self) -> int:
@@ -56,7 +63,7 @@ class MultipleChoiceTask(ClassificationTask):
 
     def choices(self, row: Mapping[str, Any]) -> list[tuple[str, str]]:
         """(question, ending) for each ending, as the tokenizer takes a pair of texts."""
-        question = " ".join(row[name] for name in self.columns if name not in (*self.endings, self.label_column))
+        question = self.prompt.text(row, " ")
         return [(question, row[ending]) for ending in self.endings]
 
     def tokenized(self, rows):
@@ -79,8 +86,7 @@ class MultipleChoiceTask(ClassificationTask):
         return gradient.unflatten(0, (-1, self.num_choices)).sum(1)
 
     def describe(self, example):
-        choices = self.choices(example)
-        lines = [choices[0][0]]
-        for number, (_, ending) in enumerate(choices):
-            lines.append(f"  {'->' if number == example['label'] else '  '} {ending}")
+        lines = [f"{self.prompt.text(example, ' ')} …"]
+        for number, ending in enumerate(self.endings):
+            lines.append(f"  {'->' if number == example['label'] else '  '} {example[ending]}")
         return "\n".join(lines)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from influence_core.errors import UserError
+from influence_core.tasks.csv_cells import is_csv, texts_of
 from influence_core.tasks.loading import overheard
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 PLACE_FLAG = "--dataset_name_or_path"
 READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-PANDAS_INDEX = "__index_level_0__"  # a column of cells that no header names
 
 
 def config_names(place: str) -> tuple[list[str], str | None]:
@@ -29,13 +29,6 @@ def config_names(place: str) -> tuple[list[str], str | None]:
     if Path(place).is_file():
         return [], None
     return get_dataset_config_names(place), get_dataset_default_config_name(place)
-
-
-def csv_config() -> type:
-    """Of builders that read .csv files."""
-    from datasets.packaged_modules.csv.csv import CsvConfig
-
-    return CsvConfig
 
 
 def make_builder(place: str, config: str | None) -> "DatasetBuilder":
@@ -111,11 +104,11 @@ def places_of(place: str, builder: "DatasetBuilder", split: str, num_rows: int) 
 
 
 def load_rows(place: str, builder: "DatasetBuilder", split: str) -> "Dataset":
-    """The rows of a split, or of parts such as "train[:10%]+test"."""
+    """The rows of a split, or of parts such as "train[:10%]+test"; all cells of a .csv file are texts."""
     from datasets import load_dataset
 
     files, options = None, {}
-    if isinstance(builder.config, csv_config()):
+    if is_csv(builder):
         options |= {"keep_default_na": False, "na_values": [""]}  # "None" and "NA" are texts
     if Path(place).exists():
         # Else datasets reads all splits, and casts their cells to the types of the first one's: 7 to "7", and a text
@@ -123,6 +116,8 @@ def load_rows(place: str, builder: "DatasetBuilder", split: str) -> "Dataset":
         found = builder.config.data_files or {}
         names = re.findall(r"(?:^|\+)\s*(\w+)", split)
         files = {name: found[name] for name in names if name in found} or None
+        if is_csv(builder):
+            options["features"] = texts_of([file for each in (files or found).values() for file in each])
     if are_lines(builder):  # which are joined again
         options |= {"keep_linebreaks": True, "encoding": "utf-8-sig"}
     if Path(place).is_file():

@@ -6,16 +6,16 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from influence_core.errors import UserError
-from influence_core.tasks.columns import Wanted, check_columns, find_columns, only_wanted
+from influence_core.tasks.columns import Label, Wanted, check_columns, find_columns, only_wanted
+from influence_core.tasks.csv_cells import column_types, is_csv, with_numbers
 from influence_core.tasks.example import is_main_process
 from influence_core.tasks.loading import load_from
+from influence_core.tasks.nested import with_nested
 from influence_core.tasks.reading import (
-    PANDAS_INDEX,
     PLACE_FLAG,
     Places,
     are_lines,
     config_names,
-    csv_config,
     load_rows,
     make_builder,
     places_of,
@@ -123,13 +123,14 @@ class RowSource:
     def _whole(self, split: str) -> Part:
         name = self.splits[split] or split
         rows = self._load(split, lambda name: load_rows(self.place, self._builder, name))
-        if PANDAS_INDEX in rows.column_names and isinstance(self._builder.config, csv_config()):
-            raise UserError(f"the rows of {self.place} have more cells than its header names: quote cells with commas")
-        columns, notes = find_columns(rows, self.wanted, self.place)
+        columns, notes = find_columns(column_types(rows, self._builder), self.wanted, self.place)
         self._say(*notes)
         if split == "train":  # a column is the same in all splits, whether it was named or found
             self.wanted = {wanted: replace(each, given=columns[wanted]) for wanted, each in self.wanted.items()}
         kinds = {column: self.wanted[wanted].kind for wanted, column in columns.items()}
+        rows = with_nested(rows, [column for column in kinds if column not in rows.column_names])
+        if is_csv(self._builder):
+            rows = with_numbers(rows, [column for column, kind in kinds.items() if isinstance(kind, Label)])
         part = Part(rows, self._load(split, lambda name: places_of(self.place, self._builder, name, len(rows))))
         if are_lines(self._builder):  # a blank one separates others
             lines = rows["text"][:]

@@ -12,7 +12,10 @@ from influence_core.tasks.example import MEASUREMENT
 from influence_core.tasks.head import IGNORED
 from influence_core.tasks.language_model import LanguageModelTask
 from influence_core.tasks.pretrained import PretrainedTask
+from influence_core.tasks.prompts import PROMPT_FLAG, Prompt
 from influence_core.tasks.transformer import pad, topic_of
+
+SEPARATOR = "\n"  # between the parts of a source
 
 
 class Seq2SeqTask(LanguageModelTask):
@@ -34,10 +37,12 @@ class Seq2SeqTask(LanguageModelTask):
     ):
         super().__init__(**flags)
         self.max_source_length, self.max_target_length = max_source_length, max_target_length
-        source, target = self.columns
-        has_own_columns = prompt_column in (None, source) and answer_column in (None, target)
+        source, self.target = self.columns
+        self.prompt = Prompt(PROMPT_FLAG, [source], prompt_column)
+        self.columns = self.prompt.columns | {self.target: self.columns[self.target]}
+        has_own_columns = self.prompt.is_own and answer_column in (None, self.target)
         self.source_prefix = self.own_prefix if source_prefix is None and has_own_columns else source_prefix or ""
-        self.named_columns = {source: ("--prompt_column", prompt_column), target: ("--answer_column", answer_column)}
+        self.named_columns = self.prompt.named_columns | {self.target: ("--answer_column", answer_column)}
         for name, length, least in (("source", max_source_length, 3), ("target", max_target_length, 2)):
             if length < least:
                 raise UserError(f"--max_{name}_length must be at least {least}, a token and the end, not {length}")
@@ -49,16 +54,18 @@ class Seq2SeqTask(LanguageModelTask):
         parser.add_argument("--max_target_length", type=int, help="tokens of a target; longer ones are cut")
         parser.add_argument("--source_prefix", help="before every source, such as the 'summarize: ' of T5 "
                             "[the example's own, for data with its columns]")  # fmt: skip
-        parser.add_argument("--prompt_column", help="the dataset's column of sources")
+        parser.add_argument(
+            PROMPT_FLAG, nargs="+", help="the dataset's column of sources, or the columns that make one"
+        )
         parser.add_argument("--answer_column", help="the dataset's column of targets")
 
     # ---------------------------------------------------------------------------------------------------------- data
 
     def tokenized(self, rows):
-        source, target = self.columns
-        sources = self.tokens([self.source_prefix + row[source] for row in rows], self.max_source_length)
+        texts = [self.source_prefix + self.prompt.text(row, SEPARATOR) for row in rows]
+        sources = self.tokens(texts, self.max_source_length)
         encoded = self.tokenizer(
-            text_target=[row[target] for row in rows], truncation=True, max_length=self.max_target_length
+            text_target=[row[self.target] for row in rows], truncation=True, max_length=self.max_target_length
         )
         targets = (np.array(ids, dtype=np.int32) for ids in encoded["input_ids"])
         return [
