@@ -1,5 +1,8 @@
 """Rows of data of one's own: which are held out, which number each has, and what of them carries loss."""
 
+import json
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -171,3 +174,19 @@ def test_a_block_says_of_which_rows_it_is(tmp_path):
             )
             first, last = part[at][1], part[at + 31][1]
             assert task.origin("train", index) == (f"row {first}" if first == last else f"rows {first} to {last}")
+
+
+def test_rows_of_several_files_are_named_by_file(tmp_path):
+    """Which one a row is in is nobody's guess: they are read in the order of their names, part10 before part2."""
+    directory = tmp_path / "data"
+    for part, start in (("part1", 0), ("part10", 20), ("part2", 40)):
+        write(directory / f"{part}.jsonl", [{"text": TEXTS[start + n]} for n in range(20)])
+    task = make_task(WikiTextTask, directory, "--one_row_one_example")
+    texts = [row["text"] for row in task.rows("train")]
+    for index in (0, 20, 53):
+        number, file = re.fullmatch(r"row (\d+) of (part\d+\.jsonl)", task.origin("train", index)).groups()
+        assert json.loads((directory / file).read_text().splitlines()[int(number)])["text"] == texts[index]
+    assert task.origin("validation", 0) == "row 9 of part1.jsonl"
+    joined = make_task(WikiTextTask, directory, "--vocab_size", "300")
+    named = {joined.origin("train", index) for index in range(len(joined.load_dataset("train")))}
+    assert any(re.fullmatch(r"row 19 of part1.jsonl to row \d of part10.jsonl", name) for name in named)

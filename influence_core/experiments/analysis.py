@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from influence_core.analysis import analyze
-from influence_core.errors import UserError
-from influence_core.experiments.arguments import CONFIGS, check_size, parse, run_script
+from influence_core.experiments.arguments import check_size, parse, run_script
+from influence_core.experiments.checkpoints import require_checkpoint, require_same_data
 from influence_core.runtime import Runtime
 from influence_core.study import Study
+from influence_core.tasks.adapters import is_adapter
 from influence_core.tasks.example import ExampleTask
 from influence_core.tasks.tracking import coverage_notes
 from influence_core.units import gigabytes
@@ -34,6 +35,9 @@ def _analyze(task_class: type[ExampleTask], arguments) -> None:
     task = task_class(**arguments.task)
     task.tracked_layers = arguments.tracked_layers
     model = task.load_model(arguments.checkpoint_dir).to(runtime.device)
+    unused = [flag for flag in task.flags_of_a_start if flag in arguments.given]
+    if unused and not is_adapter(arguments.checkpoint_dir):
+        runtime.print(f"Note: --{unused[0]} is for train.py: analyzed is the model in {arguments.checkpoint_dir}")
     train_dataset, query_dataset = load_datasets(task, arguments)
     num_train, num_queries = len(train_dataset), len(query_dataset)
     study = Study(
@@ -66,21 +70,13 @@ def _analyze(task_class: type[ExampleTask], arguments) -> None:
     runtime.stop()  # not after an error: leaving the group would wait for processes that wait for this one
 
 
-def require_checkpoint(task_class: type[ExampleTask], arguments) -> None:
-    """Raise UserError, with the command that makes one, if --checkpoint_dir has no checkpoint."""
-    checkpoint_dir = Path(arguments.checkpoint_dir)
-    if not any((checkpoint_dir / name).exists() for name in CONFIGS):
-        raise UserError(
-            f"no checkpoint in {checkpoint_dir}: make one with `python {task_class.name}/train.py --preset "
-            f"{arguments.preset} --checkpoint_dir {checkpoint_dir}`, or name another with --checkpoint_dir"
-        )
-
-
 def load_datasets(task: ExampleTask, arguments) -> tuple[Sequence[Any], Sequence[Any]]:
-    """(training examples, queries), as many of each as the flags say."""
+    """(training examples, queries), as many of each as the flags say; UserError if the data is no longer the same."""
     num_train = check_size(arguments, "num_train", len(task.load_dataset("train")), "training set")
     num_queries = check_size(arguments, "num_queries", len(task.load_dataset("validation")), "validation set")
-    return task.load_dataset("train", range(num_train)), task.load_dataset("validation", range(num_queries))
+    train_dataset = task.load_dataset("train", range(num_train))
+    require_same_data(arguments, train_dataset)
+    return train_dataset, task.load_dataset("validation", range(num_queries))
 
 
 def _batch_size(arguments, flag: str, num_examples: int, runtime: Runtime) -> int:

@@ -5,7 +5,6 @@ checkpoint was trained with; the preset's default; the default of all examples.
 """
 
 import argparse
-import json
 import math
 import os
 import re
@@ -13,15 +12,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from transformers.utils import CONFIG_NAME
-
 from influence_core.errors import UserError
+from influence_core.experiments.checkpoints import read_training_record
 from influence_core.factors.strategies import HEURISTIC, HEURISTIC_SCALE, STRATEGIES, damping_scale
-from influence_core.tasks import adapters
 from influence_core.tasks.example import ExampleTask, is_main_process
 
-TRAINING_RECORD = "training.json"  # in a checkpoint: the flags that made it
-CONFIGS = (CONFIG_NAME, adapters.CONFIG)  # what a checkpoint has one of: a whole model's, or an adapter's
 RECIPE_FLAGS = ("train_batch_size", "learning_rate", "weight_decay", "num_train_epochs", "use_half_precision")
 
 COMMON_DEFAULTS = {
@@ -110,17 +105,6 @@ def parse(task_class: type[ExampleTask], script: str, description: str, argv: li
         if flag.endswith("_or_path"):
             arguments.task[flag] = _place(value)
     return arguments
-
-
-def read_training_record(checkpoint_dir: str) -> dict:
-    """What train.py noted in the checkpoint; empty for a checkpoint made elsewhere."""
-    path = Path(checkpoint_dir) / TRAINING_RECORD
-    try:
-        return dict(json.loads(path.read_text()))
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is not readable ({error}): train again, or remove it to give all flags") from None
 
 
 def check_size(arguments: argparse.Namespace, flag: str, size: int, of: str) -> int:

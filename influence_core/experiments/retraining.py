@@ -12,9 +12,10 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from influence_core.errors import UserError
-from influence_core.experiments.analysis import load_datasets, require_checkpoint
-from influence_core.experiments.arguments import RECIPE_FLAGS, check_size, read_training_record
+from influence_core.experiments.analysis import load_datasets
+from influence_core.experiments.arguments import RECIPE_FLAGS, check_size
 from influence_core.experiments.bank import Retraining, RetrainingBank
+from influence_core.experiments.checkpoints import read_training_record, require_checkpoint
 from influence_core.experiments.fitting import OneDevice, Recipe, evaluate, fit
 from influence_core.fingerprints import dataset_fingerprint, model_fingerprint
 from influence_core.storage import differences, require_writable

@@ -1,10 +1,8 @@
 """train.py of every example: AdamW at a fixed rate, on whatever accelerate finds, one process or many."""
 
 import gc
-import json
 import math
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,21 +10,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from safetensors import SafetensorError
 from tqdm import tqdm
 
-from influence_core.errors import UserError, first_line
-from influence_core.experiments.arguments import (
-    CONFIGS,
-    RECIPE_FLAGS,
-    TRAINING_RECORD,
-    check_size,
-    parse,
-    read_training_record,
-    run_script,
-)
+from influence_core.errors import UserError
+from influence_core.experiments.arguments import RECIPE_FLAGS, check_size, parse, run_script
+from influence_core.experiments.checkpoints import DATA, is_finished, refuse_foreign_directory, save_checkpoint
 from influence_core.experiments.fitting import Recipe, evaluate, fit
-from influence_core.storage import differences, require_writable, write_json
+from influence_core.fingerprints import dataset_fingerprint
+from influence_core.storage import require_writable
 from influence_core.tasks.example import ExampleTask, is_main_process
 
 
@@ -37,12 +28,12 @@ def main(task_class: type[ExampleTask], description: str, argv: list[str] | None
 
 def _train(task_class: type[ExampleTask], arguments) -> None:
     checkpoint_dir = Path(arguments.checkpoint_dir)
-    _refuse_foreign_directory(checkpoint_dir, arguments.task)
+    refuse_foreign_directory(checkpoint_dir, arguments.task)
     task = task_class(**arguments.task)
     record = arguments.task | task.found_flags()
     record |= {flag: getattr(arguments, flag) for flag in ("seed", "num_train", *RECIPE_FLAGS)}
     record["num_processes"] = int(os.environ.get("WORLD_SIZE", 1))
-    if not arguments.overwrite and _is_finished(checkpoint_dir, record):
+    if not arguments.overwrite and is_finished(checkpoint_dir, record, lambda: _data(task, arguments)):
         if is_main_process():
             print(f"Found finished {checkpoint_dir}, trained with the same flags; --overwrite trains again")
         return
@@ -70,7 +61,7 @@ def _train(task_class: type[ExampleTask], arguments) -> None:
     _let_go_of_wrappers(accelerator)
     _require_finite(task, model, splits["train"][: recipe.train_batch_size], accelerator)
     if accelerator.is_main_process:  # before the evaluation, that may fail: it can be done again, without training
-        _save(checkpoint_dir, task, model, record)
+        save_checkpoint(checkpoint_dir, task, model, record | {DATA: dataset_fingerprint(splits["train"])})
         print(f"Checkpoint: {checkpoint_dir}", flush=True)
     accelerator.wait_for_everyone()
     for split, dataset in splits.items():
@@ -84,6 +75,11 @@ def _train(task_class: type[ExampleTask], arguments) -> None:
             )
         accelerator.print(f"{split:<10} " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
     accelerator.end_training()
+
+
+def _data(task: ExampleTask, arguments) -> str:
+    num_train = check_size(arguments, "num_train", len(task.load_dataset("train")), "training set")
+    return dataset_fingerprint(task.load_dataset("train", range(num_train)))
 
 
 def _sizes(model: torch.nn.Module) -> str:
@@ -113,48 +109,3 @@ def _require_finite(task: ExampleTask, model: torch.nn.Module, examples: Sequenc
         loss = task.training_loss(model.eval(), batch).item()
     if not math.isfinite(loss):
         raise UserError(f"training diverged: the loss is {loss} now, nothing was saved; lower --learning_rate")
-
-
-def _is_finished(checkpoint_dir: Path, record: dict) -> bool:
-    stored = read_training_record(checkpoint_dir)
-    if not stored:
-        return False
-    differing = differences(stored, json.loads(json.dumps(record)))
-    if differing:
-        raise UserError(
-            f"{checkpoint_dir} was trained with other flags: {differing}; use --overwrite to train again, "
-            "or choose another --checkpoint_dir"
-        )
-    return True
-
-
-def _refuse_foreign_directory(checkpoint_dir: Path, sources: dict[str, Any]) -> None:
-    """Nothing that train.py did not make is ever written over, nor what it starts from."""
-    for flag, source in sources.items():
-        if flag.endswith("_or_path") and source and Path(source).resolve() == checkpoint_dir.resolve():
-            raise UserError(f"--checkpoint_dir is --{flag}, which the checkpoint would replace: choose another")
-    if checkpoint_dir.is_dir() and any(checkpoint_dir.iterdir()) and not read_training_record(checkpoint_dir):
-        raise UserError(f"{checkpoint_dir} holds files that train.py did not make: choose another --checkpoint_dir")
-
-
-def _save(checkpoint_dir: Path, task: ExampleTask, model, record: dict) -> None:
-    """Write the checkpoint beside its place, then move its files there; other files in that directory stay.
-
-    A directory without a config is no checkpoint: an old one loses it first, and the new one gets it last but for the
-    record, which says so meanwhile. So no mixture is ever taken for whole.
-    """
-    checkpoint_dir = checkpoint_dir.resolve()
-    temporary = checkpoint_dir.with_name(f".{checkpoint_dir.name}.{os.getpid()}")
-    try:
-        task.save_model(model, temporary)
-        task.tokenizer.save_pretrained(temporary)
-        write_json(checkpoint_dir / TRAINING_RECORD, {"unfinished": True})
-        for name in CONFIGS:
-            (checkpoint_dir / name).unlink(missing_ok=True)
-        for path in sorted(temporary.iterdir(), key=lambda path: path.name in CONFIGS):
-            os.replace(path, checkpoint_dir / path.name)
-        write_json(checkpoint_dir / TRAINING_RECORD, record)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"the checkpoint {checkpoint_dir} can't be written: {first_line(error)}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

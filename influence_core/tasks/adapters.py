@@ -5,6 +5,7 @@ and what is tracked. A new head is trained in full. A checkpoint is a directory 
 """
 
 import json
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import nn
 from influence_core.errors import UserError, first_line
 from influence_core.fingerprints import digest, tensor_bytes
 from influence_core.tasks.loading import load_from
-from influence_core.tasks.models import Adapt, start_model
+from influence_core.tasks.models import MODEL_FLAG, Adapt, start_model
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -100,7 +101,11 @@ def adapted_model(
     if model_source is not None and not Path(base).exists() and Path(model_source).exists():
         base = model_source
     what = f"base_model_name_or_path (in {directory}/{CONFIG})"
-    model, new_weights = start_model(auto_model, base, what, adapt, is_quiet=True)
+    if base.startswith((".", "~", os.sep)) and not Path(base).exists():
+        raise UserError(
+            f"the base model of the adapter in {directory} is not in {base}: name where it is with {MODEL_FLAG}"
+        )
+    model, new_weights = start_model(auto_model, base, what, adapt, is_quiet=True, revision=config.revision)
     untrained = [name for name in _modules_of(new_weights) if not _is_within(name, config.modules_to_save or ())]
     if untrained:
         raise UserError(f"neither the base model {base} nor the adapter in {directory} has weights for "

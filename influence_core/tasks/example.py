@@ -21,6 +21,7 @@ class ExampleTask(InfluenceTask):
     presets: ClassVar[dict[str, dict[str, Any]]] = {}  # {"full": {flag: default}, "demo": …}; flags of any script
     # {flag: flags whose values belong to its own}: a preset's, or a checkpoint's, are not for another.
     belonging: ClassVar[dict[str, tuple[str, ...]]] = {}
+    flags_of_a_start: ClassVar[tuple[str, ...]] = ()  # that say what training starts from: a checkpoint has its own
     tokenizer: Any  # of the checkpoint, where `checkpoint_dir` names one; else of the initial model
     checkpoint_dir: str | None = None
     tracked_layers: str | None = None  # a regular expression that narrows what is tracked; of --tracked_layers

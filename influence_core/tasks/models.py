@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.constants import DEFAULT_REVISION
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
@@ -33,21 +34,23 @@ def checkpoint_model(auto_model: type, source: str, adapt: Adapt) -> nn.Module:
 
 
 def start_model(
-    auto_model: type, source: str, flag: str, adapt: Adapt, is_quiet: bool = False
+    auto_model: type, source: str, flag: str, adapt: Adapt, is_quiet: bool = False, revision: str | None = None
 ) -> tuple[nn.Module, list[str]]:
     """(weights to start training from, names of those that are new: the head's may be), which is said."""
-    model, differences = _load(auto_model, source, flag, adapt, is_start=True)
+    model, differences = _load(auto_model, source, flag, adapt, is_start=True, revision=revision)
     note = require_a_start(model, differences, f"{flag} {source}")
     if note and not is_quiet and is_main_process():
         print(note)
     return model, [*differences.missing, *differences.mismatched]
 
 
-def _load(auto_model: type, source: str, flag: str, adapt: Adapt, is_start: bool) -> tuple[nn.Module, Differences]:
+def _load(
+    auto_model: type, source: str, flag: str, adapt: Adapt, is_start: bool, revision: str | None = None
+) -> tuple[nn.Module, Differences]:
     def load():
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, revision=revision or DEFAULT_REVISION)
         _adapt(config, adapt, is_start)
-        return load_weights(auto_model, source, config)
+        return load_weights(auto_model, source, config, revision or DEFAULT_REVISION)
 
     return load_from(source, flag, load)
 

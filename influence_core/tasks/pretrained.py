@@ -47,6 +47,7 @@ class PretrainedTask(ExampleTask):
         "dataset_name_or_path": ("dataset_config", "train_split", "validation_split"),
         "model_name_or_path": ("config_overrides",),
     }
+    flags_of_a_start = ("model_name_or_path", "tokenizer_name_or_path", "config_overrides", "vocab_size")
 
     def __init__(
         self, model_name_or_path, tokenizer_name_or_path, config_overrides, dataset_name_or_path, dataset_config,

@@ -2,8 +2,9 @@
 
 import glob
 import logging
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -103,11 +104,25 @@ def places_of(place: str, builder: "DatasetBuilder", split: str, num_rows: int) 
     return Places(names, np.concatenate(split_of), np.concatenate(numbers))
 
 
-def load_rows(place: str, builder: "DatasetBuilder", split: str) -> "Dataset":
-    """The rows of a split, or of parts such as "train[:10%]+test"; all cells of a .csv file are texts."""
+def rows_by_file(place: str, builder: "DatasetBuilder", split: str) -> list[tuple[str, int]]:
+    """(file, how many rows it has), in the order of a split's rows; empty but for a directory that has several."""
+    files = (getattr(builder.config, "data_files", None) or {}).get(split, []) if Path(place).is_dir() else []
+    if len(files) < 2:
+        return []
+    return [(os.path.relpath(file, place), len(load_rows(place, builder, split, {split: [file]}))) for file in files]
+
+
+def load_rows(
+    place: str, builder: "DatasetBuilder", split: str, files: Mapping[str, Sequence[str]] | None = None
+) -> "Dataset":
+    """The rows of a split, or of parts such as "train[:10%]+test"; all cells of a .csv file are texts.
+
+    Args:
+        files: of the splits, if not all.
+    """
     from datasets import load_dataset
 
-    files, options = None, {}
+    options = {}
     if is_csv(builder):
         options |= {"keep_default_na": False, "na_values": [""]}  # "None" and "NA" are texts
     if Path(place).exists():
@@ -115,7 +130,7 @@ def load_rows(place: str, builder: "DatasetBuilder", split: str) -> "Dataset":
         # beside a 7 to one in quotation marks.
         found = builder.config.data_files or {}
         names = re.findall(r"(?:^|\+)\s*(\w+)", split)
-        files = {name: found[name] for name in names if name in found} or None
+        files = files or {name: found[name] for name in names if name in found} or None
         if is_csv(builder):
             options["features"] = texts_of([file for each in (files or found).values() for file in each])
     if are_lines(builder):  # which are joined again

@@ -19,6 +19,7 @@ from influence_core.tasks.reading import (
     load_rows,
     make_builder,
     places_of,
+    rows_by_file,
     split_names,
     unread_files,
 )
@@ -62,6 +63,7 @@ class RowSource:
         self.place, self.given_config, self.usual = place, config, usual
         self.splits, self.wanted, self.holds_out_the_end = splits, wanted, holds_out_the_end
         self._parts: dict[str, Part] = {}
+        self._files: dict[str, list[tuple[str, int]]] = {}  # by split
         self._said: set[str] = set()
 
     def part(self, split: str) -> Part:
@@ -79,12 +81,25 @@ class RowSource:
         return self._parts[split]
 
     def name(self, split: str, first: int, last: int | None = None) -> str:
-        """Such as "row 7", or "rows 7 to 9"; with the split of the dataset, where the task's is made of several."""
+        """Such as "row 7", or "rows 7 to 9"; with the file or the split of the dataset, where there are several."""
+        of_first, start = self._row(split, first)
+        of_last, end = self._row(split, first if last is None else last)
+        if of_first != of_last:
+            return f"row {start} of {of_first} to row {end} of {of_last}"
+        rows = f"row {start}" if start == end else f"rows {start} to {end}"
+        return rows + (f" of {of_first}" if of_first else "")
+
+    def _row(self, split: str, index: int) -> tuple[str | None, int]:
+        """(the file or the split that it is in, where there are several; its number there)"""
         places = self.part(split).places
-        (of_first, start), (of_last, end) = places[first], places[first if last is None else last]
-        if len(places.splits) == 1:
-            return f"row {start}" if start == end else f"rows {start} to {end}"
-        return f"row {start} of {of_first}" + (f" to {end} of {of_last}" if (start, of_first) != (end, of_last) else "")
+        of_split, number = places[index]
+        if of_split not in self._files:
+            self._files[of_split] = self._load(split, lambda _: rows_by_file(self.place, self._builder, of_split))
+        for file, rows in self._files[of_split]:
+            if number < rows:
+                return file, number
+            number -= rows
+        return of_split if len(places.splits) > 1 else None, number
 
     @cached_property
     def config(self) -> str | None:

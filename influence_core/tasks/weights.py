@@ -32,11 +32,18 @@ class Differences:
         return ", ".join(f"{len(keys)} {kind} ({_listed(keys)})" for kind, keys in kinds.items() if keys)
 
 
-def load_weights(auto_model: type, source: str, config: PretrainedConfig) -> tuple[nn.Module, Differences]:
+def load_weights(
+    auto_model: type, source: str, config: PretrainedConfig, revision: str
+) -> tuple[nn.Module, Differences]:
     """The model in float32, and how what is stored in `source` differs from it, on which nothing is printed."""
     with overheard("transformers", lambda record: "LOAD REPORT" in record.getMessage()):
         model, info = auto_model.from_pretrained(
-            source, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            source,
+            config=config,
+            revision=revision,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     in_order = {name: number for number, name in enumerate(model.state_dict())}.__getitem__
     shapes = {name: (disk, here) for name, disk, here in info["mismatched_keys"]}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from influence_core.analysis import analyze, probe_example
 from influence_core.batches import order_examples
-from influence_core.experiments.arguments import read_training_record
+from influence_core.experiments.checkpoints import read_training_record
 from influence_core.runtime import Runtime
 from influence_core.study import Study
 from tests.benchmarks.peer import STAGES

@@ -1,0 +1,122 @@
+"""The directory of a checkpoint: what train.py leaves there, and what the other scripts may take it for."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers.utils import CONFIG_NAME
+
+from influence_core.errors import UserError, first_line
+from influence_core.fingerprints import dataset_fingerprint
+from influence_core.storage import differences, write_json
+from influence_core.tasks import adapters
+from influence_core.tasks.example import ExampleTask, is_main_process
+
+TRAINING_RECORD = "training.json"  # the flags that made it, and DATA
+DATA = "train_dataset"  # in the record: the fingerprint of the training examples
+CONFIGS = (CONFIG_NAME, adapters.CONFIG)  # what a checkpoint has one of: a whole model's, or an adapter's
+
+# Of a model, which may be in parts, or of an adapter.
+WEIGHTS = ("model.safetensors*", "model-*-of-*.safetensors", "adapter_model.*", adapters.BASE)
+
+
+def read_training_record(checkpoint_dir: str) -> dict:
+    """What train.py noted in the checkpoint; empty for a checkpoint made elsewhere."""
+    path = Path(checkpoint_dir) / TRAINING_RECORD
+    try:
+        return dict(json.loads(path.read_text()))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is not readable ({error}): train again, or remove it to give all flags") from None
+
+
+def require_checkpoint(task_class: type[ExampleTask], arguments) -> None:
+    """Raise UserError, with the command that makes one, if --checkpoint_dir has no checkpoint."""
+    checkpoint_dir = Path(arguments.checkpoint_dir)
+    if not _is_checkpoint(checkpoint_dir):
+        inner = sorted(path for path in checkpoint_dir.glob("*/") if _is_checkpoint(path))
+        if inner:
+            raise UserError(f"no checkpoint in {checkpoint_dir} itself, name the one in it that is meant with "
+                            f"--checkpoint_dir: {', '.join(map(str, inner))}")  # fmt: skip
+        raise UserError(
+            f"no checkpoint in {checkpoint_dir}: make one with `python {task_class.name}/train.py --preset "
+            f"{arguments.preset} --checkpoint_dir {checkpoint_dir}`, or name another with --checkpoint_dir"
+        )
+
+
+def _is_checkpoint(directory: Path) -> bool:
+    return any((directory / name).exists() for name in CONFIGS)
+
+
+def refuse_foreign_directory(checkpoint_dir: Path, sources: dict[str, Any]) -> None:
+    """Nothing that train.py did not make is ever written over, nor what it starts from."""
+    for flag, source in sources.items():
+        if flag.endswith("_or_path") and source and Path(source).resolve() == checkpoint_dir.resolve():
+            raise UserError(f"--checkpoint_dir is --{flag}, which the checkpoint would replace: choose another")
+    if checkpoint_dir.is_dir() and any(checkpoint_dir.iterdir()) and not read_training_record(checkpoint_dir):
+        raise UserError(f"{checkpoint_dir} holds files that train.py did not make: choose another --checkpoint_dir")
+
+
+def save_checkpoint(checkpoint_dir: Path, task: ExampleTask, model, record: dict) -> None:
+    """Write the checkpoint beside its place, then move its files there; files of the user's in that directory stay.
+
+    A directory without a config is no checkpoint: an old one loses it first, and the new one gets it last but for the
+    record, which says so meanwhile. So no mixture is ever taken for whole.
+    """
+    checkpoint_dir = checkpoint_dir.resolve()
+    temporary = checkpoint_dir.with_name(f".{checkpoint_dir.name}.{os.getpid()}")
+    try:
+        task.save_model(model, temporary)
+        task.tokenizer.save_pretrained(temporary)
+        write_json(checkpoint_dir / TRAINING_RECORD, {"unfinished": True})
+        for name in CONFIGS:
+            (checkpoint_dir / name).unlink(missing_ok=True)
+        for pattern in WEIGHTS:
+            for path in checkpoint_dir.glob(pattern):
+                path.unlink()
+        for path in sorted(temporary.iterdir(), key=lambda path: path.name in CONFIGS):
+            os.replace(path, checkpoint_dir / path.name)
+        write_json(checkpoint_dir / TRAINING_RECORD, record)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"the checkpoint {checkpoint_dir} can't be written: {first_line(error)}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_finished(checkpoint_dir: Path, record: dict, data: Callable[[], str]) -> bool:
+    """Whether it was trained with the flags of a record, and on these data.
+
+    Args:
+        data: gives the fingerprint of the training examples.
+    Raises:
+        UserError: it was trained otherwise.
+    """
+    stored = read_training_record(checkpoint_dir)
+    if not stored:
+        return False
+    remedy = "use --overwrite to train again, or choose another --checkpoint_dir"
+    differing = differences(stored, json.loads(json.dumps(record)))
+    if differing:
+        raise UserError(f"{checkpoint_dir} was trained with other flags: {differing}; {remedy}")
+    if DATA in stored and stored[DATA] != data():
+        raise UserError(f"{checkpoint_dir} was trained on other examples: the data has changed since; {remedy}")
+    return True
+
+
+def require_same_data(arguments, train_dataset: Sequence[Any]) -> None:
+    """Raise UserError if the training examples are others than a checkpoint was trained on, and no flag asked for it;
+    where one did, note it.
+    """
+    stored = read_training_record(arguments.checkpoint_dir).get(DATA)
+    if stored is None or stored == dataset_fingerprint(train_dataset):
+        return
+    if not arguments.given & {*arguments.task, "num_train"}:
+        raise UserError(f"{arguments.checkpoint_dir} was trained on other examples: the data has changed since; train "
+                        "again, or name the data with --dataset_name_or_path to take it as it is")  # fmt: skip
+    if is_main_process():
+        print(f"Note: {arguments.checkpoint_dir} was trained on other examples than those that the flags name")
