@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, RobertaConfig, RobertaForMaskedLM
 
+from influence_core.errors import UserError
 from influence_core.tasks.demo_corpus import demo_corpus, train_tokenizer
 from swag_roberta.task import SwagTask
 from tests.scripts import ANALYZE, TRAIN, contents, refused, run, run_process
@@ -176,6 +177,24 @@ def test_a_new_head_is_named_once(masked_lm, tmp_path):
     sizes = ["--removal_sizes", "2", "--num_repeats", "1", "--num_counterfactual_queries", "2"]
     flags = [*SWAG, "--num_queries", "2", *place, *sizes, "--figure_dir", tmp_path]
     assert run("run_counterfactual", *flags, task_class=SwagTask).ok().count("New weights, to be trained") == 1
+
+
+def test_dropouts_change_and_weights_stay(masked_lm):
+    """--config_overrides of anything else makes another model, from scratch."""
+
+    def start(overrides):
+        given = {"max_length": 24, "model_name_or_path": str(masked_lm), "config_overrides": overrides}
+        return SwagTask(**dict.fromkeys(SwagTask.flag_names()) | given).load_model(None)
+
+    plain, still = start(""), start("hidden_dropout_prob=0,attention_probs_dropout_prob=0.25")
+    assert (still.config.hidden_dropout_prob, still.config.attention_probs_dropout_prob) == (0, 0.25)
+    assert still.roberta.embeddings.dropout.p == 0 and plain.roberta.embeddings.dropout.p > 0
+    ours, theirs = (model.roberta.encoder.state_dict() for model in (still, plain))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    other = start("hidden_dropout_prob=0,num_attention_heads=1").roberta.encoder.state_dict()
+    assert not any(torch.equal(other[name], theirs[name]) for name in theirs if name.endswith("query.weight"))
+    with pytest.raises(UserError, match="a RobertaConfig has no my_dropout"):
+        start("my_dropout=0")
 
 
 def test_a_head_that_was_never_trained_is_not_analysed(masked_lm, tmp_path):

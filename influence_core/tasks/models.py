@@ -97,7 +97,8 @@ def new_model(
         raise _no_model(error) from None
     if is_main_process():
         sizes = [getattr(config, name, "?") for name in ("num_hidden_layers", "hidden_size", "vocab_size")]
-        print("Training from scratch: {} layers of {}, vocabulary {}".format(*sizes))
+        unused = f", without the weights in {source}" if has_weights(source) else ""
+        print("Training from scratch{}: {} layers of {}, vocabulary {}".format(unused, *sizes))
     return model
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
+DROPOUT = "drop"  # in the name of each field of a config that is one
 # What the demos of the examples have in common: two kinds of scores to compare, and few retrainings.
 DEMO_DEFAULTS = {
     "dataset_name_or_path": DEMO_CORPUS,
@@ -70,7 +71,8 @@ class PretrainedTask(ExampleTask):
         parser.add_argument(MODEL_FLAG, help="model to start from: a Hub id or a directory; a directory "
                             "with only a config starts from scratch")  # fmt: skip
         parser.add_argument("--tokenizer_name_or_path", help="where it is not with the model")
-        parser.add_argument("--config_overrides", help="key=value,… of the model's config: trains that from scratch")
+        parser.add_argument("--config_overrides", help="key=value,… of the model's config: trains that from "
+                            "scratch, or from the weights where only dropouts are named")  # fmt: skip
         parser.add_argument("--dataset_name_or_path", help="a Hub id, a directory in the Hub's layout, or a file "
                             "(.txt, .jsonl, .csv, .parquet)")  # fmt: skip
         parser.add_argument("--dataset_config", help="configuration of the dataset, such as wikitext-2-v1")
@@ -114,6 +116,13 @@ class PretrainedTask(ExampleTask):
 
     def adapt_config(self, config: PretrainedConfig, is_start: bool) -> None:
         """Change or refuse the config of any model before it is made; `is_start`: of one that is to be trained."""
+        if not is_start or self._starts_from_scratch:
+            return
+        unknown = [key for key in self.config_overrides if not hasattr(config, key)]
+        if unknown:
+            raise UserError(f"--config_overrides: a {type(config).__name__} has no {', '.join(unknown)}")
+        for key, value in self.config_overrides.items():
+            setattr(config, key, value)
 
     # ------------------------------------------------------------------------------------------------- what is shared
 
@@ -181,9 +190,10 @@ class PretrainedTask(ExampleTask):
 
     @property
     def _starts_from_scratch(self) -> bool:
-        """With --config_overrides, or from a local directory without weights."""
+        """With --config_overrides of more than dropouts, which no weights are made for; or where there are none."""
         is_local = self.model_source is None or Path(self.model_source).is_dir()
-        return bool(self.config_overrides) or (is_local and not has_weights(self.model_source))
+        is_another = not all(DROPOUT in key for key in self.config_overrides)
+        return is_another or (is_local and not has_weights(self.model_source))
 
     @property
     def _trains_tokenizer(self) -> bool:
