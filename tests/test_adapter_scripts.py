@@ -288,3 +288,27 @@ def test_a_checkpoint_in_a_directory_of_several(new_adapter, tmp_path):
     error = run("analyze", *common, "--checkpoint_dir", tmp_path / "all").error("no checkpoint in", "itself")
     assert f"--checkpoint_dir: {tmp_path}/all/first, {tmp_path}/all/second" in error
     run("analyze", *common, "--checkpoint_dir", tmp_path / "all" / "second", "--num_queries", "2").ok()
+
+
+def test_a_base_s_revision_is_asked_for(new_adapter, bases, tmp_path, monkeypatch):
+    """Of config, weights and tokenizer; a local directory has none, so what is asked of transformers is looked at."""
+    shutil.copytree(new_adapter, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"revision": "v7"}))
+    for tokenizer_file in (tmp_path / "adapter").glob("token*"):
+        tokenizer_file.unlink()
+    (tmp_path / "adapter" / "training.json").unlink()
+    asked = []
+    for auto in (hf.AutoConfig, hf.AutoModelForCausalLM, hf.AutoTokenizer):
+        real = auto.from_pretrained
+
+        def note(source, *arguments, real=real, auto=auto, **options):
+            asked.append((auto.__name__, str(source), options.get("revision")))
+            return real(source, *arguments, **options)
+
+        monkeypatch.setattr(auto, "from_pretrained", note)
+    task = WikiTextTask(**dict.fromkeys(WikiTextTask.flag_names()) | {"block_size": 32})
+    task.load_model(str(tmp_path / "adapter"))
+    base = str(bases[WikiTextTask])
+    names = ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")
+    assert set(asked) == {(name, base, "v7") for name in names}

@@ -121,11 +121,11 @@ def test_rows_by_a_mapping_of_indices():
     """A dataset that is shuffled or filtered holds rows that it does not have; its own are looked at, and counted."""
     rows = datasets.Dataset.from_dict({"text": ["a", "b", None, "d", "e"], "label": [0, 1, 0, 1, 7]})
     kinds = {"text": Text(), "label": Label(2)}
-    check_columns(rows.select([3, 0, 1]), kinds, "data", "train")
+    check_columns(rows.select([3, 0, 1]), kinds, "data", "row {} of the train split".format)
     with pytest.raises(UserError, match="row 1 of the train split has nothing"):
-        check_columns(rows.select([3, 2, 4]), kinds, "data", "train")
+        check_columns(rows.select([3, 2, 4]), kinds, "data", "row {} of the train split".format)
     with pytest.raises(UserError, match="row 2 of the train split has 7"):
-        check_columns(rows.select([3, 0, 4]), kinds, "data", "train")
+        check_columns(rows.select([3, 0, 4]), kinds, "data", "row {} of the train split".format)
 
 
 @pytest.mark.parametrize("task_class, make, column", [
@@ -150,7 +150,9 @@ def test_a_large_dataset_is_checked_in_no_time():
     texts = pa.array(["a text of some twenty words " * 4] * 300_000)
     rows = datasets.Dataset(pa.table({"text": texts, "label": pa.array([0, 1] * 150_000)}))
     start = time.perf_counter()
-    check_columns(rows, {"text": Text(may_be_blank=False), "label": Label(2)}, "data", "train")
+    check_columns(
+        rows, {"text": Text(may_be_blank=False), "label": Label(2)}, "data", "row {} of the train split".format
+    )
     assert time.perf_counter() - start < 2
 
 

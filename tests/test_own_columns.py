@@ -117,7 +117,7 @@ def test_labels_that_are_no_ending(label, tmp_path):
     rows = LISTS[:7] + [LISTS[7] | {"key": label}] + LISTS[8:]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--text_column", "ctx", "--ending_columns", "endings.0", "endings.1", "endings.2", "--label_column", "key"]
-    with pytest.raises(UserError, match="from 0 to 2, or a letter from A to C|row 7"):
+    with pytest.raises(UserError, match="row 7 of the train split has .* from 0 to 2, or a letter from A to C"):
         make_task(SwagTask, tmp_path / "mine.jsonl", *flags).rows("train")
 
 
@@ -143,6 +143,7 @@ def test_an_instruction_and_its_input(task_class, tmp_path):
         make_task(task_class, write(tmp_path / f"{name}.jsonl", rows), "--prompt_column", *names, *others)
         for name, rows, names in (("several", several, ["do", "with"]), ("one", one, ["do"]))
     ]
+    assert len(tasks[0].tokenizer)  # of its own parts, some of them missing
     tasks[0].tokenizer = tasks[1].tokenizer
     ours, theirs = ([list(map(int, example["input_ids"])) for example in task.load_dataset("train")] for task in tasks)
     assert ours == theirs and len(ours) == 14
@@ -161,3 +162,123 @@ def test_a_text_and_its_question(tmp_path):
         for given in ([], ["--text_column", "sent1", "sent2"], ["--text_column", "sent1"])
     )
     assert first == named == ("A man sits.", "He goes 0.") and short == ("A man sits.", "goes 0.")
+
+
+def test_rows_without_any_part_of_a_prompt(tmp_path):
+    """A null is no prompt, of one column or of several."""
+    rows = [{"do": "Add.", "with": "1 and 2", "out": "three"}] * 7 + [{"do": None, "with": " ", "out": "three"}]
+    path = write(tmp_path / "mine.jsonl", rows + rows)
+    for task_class in (WikiTextTask, DailyMailTask):
+        flags = ["--prompt_column", "do", "with", "--answer_column", "out", "--vocab_size", "300"]
+        with pytest.raises(UserError, match="row 7 of .* has nothing in any of 'do', 'with'"):
+            list(make_task(task_class, path, *flags).load_dataset("train"))
+
+
+# ---------------------------------------------------------------------------------------------------- what was guessed
+
+
+def test_a_name_that_is_given_is_not_searched_for(tmp_path):
+    """Though it is the task's own: another column would be taken."""
+    path = write(tmp_path / "mine.jsonl", [{"question": "a", "answer": "b"}] * 20)
+    for task_class, name in ((WikiTextTask, "prompt"), (DailyMailTask, "article")):
+        with pytest.raises(UserError, match=f"has no column '{name}' .--prompt_column., only question, answer"):
+            make_task(task_class, path, "--prompt_column", name, "--answer_column", "answer").rows("train")
+
+
+def test_a_part_of_a_question_is_not_guessed(tmp_path):
+    """SWAG has two: any other text would be taken for the one that is missing."""
+    rows = [
+        {"sent1": "A man sits.", "source": "gold-reuter", "label": 0} | {f"ending{n}": f"{n}." for n in range(4)}
+    ] * 20
+    path = write(tmp_path / "mine.jsonl", rows)
+    with pytest.raises(UserError, match="has no column 'sent2', .*: name the one that is meant with --text_column"):
+        make_task(SwagTask, path).rows("train")
+    assert make_task(SwagTask, path, "--text_column", "sent1").choices(rows[0])[1] == ("A man sits.", "1.")
+
+
+def test_letters_and_digits_are_not_mixed(tmp_path):
+    """ARC counts some of its questions' endings from A and others from 1: no number tells which ending it is."""
+    rows = [row | {"key": "1" if number % 5 == 2 else "B"} for number, row in enumerate(LISTS)]
+    flags = ["--text_column", "ctx", "--ending_columns", "endings.0", "endings.1", "endings.2", "--label_column", "key"]
+    with pytest.raises(UserError, match="'key' has letters in some rows and numbers in others"):
+        make_task(SwagTask, write(tmp_path / "mine.jsonl", rows), *flags).rows("train")
+
+
+def test_labels_that_count_from_one_are_noted(tmp_path, capsys):
+    rows = [row | {"gold": 1 + row["gold"] % 2} for row in QUESTIONS]
+    make_task(SwagTask, write(tmp_path / "mine.jsonl", rows), *FLAT).rows("train")
+    assert "Note: no row is of class 0, from which classes count ('gold')" in capsys.readouterr().out
+    make_task(SwagTask, write(tmp_path / "other.jsonl", QUESTIONS), *FLAT).rows("train")
+    assert "class 0" not in capsys.readouterr().out
+
+
+def test_endings_that_are_not_named_are_noted(tmp_path, capsys):
+    flags = ["--text_column", "ctx", "--ending_columns", "endings.0", "endings.1", "--label_column", "n"]
+    rows = [row | {"n": row["n"] % 2} for row in LISTS]
+    make_task(SwagTask, write(tmp_path / "mine.jsonl", rows), *flags).rows("train")
+    assert "Note: 40 rows have more parts than the 2 that are named ('endings') of" in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------------------- cells of several shapes
+
+
+@pytest.mark.parametrize("more", [{"tool_calls": [1]}, {"name": "me"}])
+def test_a_chat_whose_messages_have_other_fields(more, tmp_path):
+    rows = [{"messages": [{"role": "user", "content": f"ask {n}"} | (more if n % 3 else {}),
+                          {"role": "assistant", "content": f"say {n}"}]} for n in range(30)]  # fmt: skip
+    flags = ["--prompt_column", "messages.0.content", "--answer_column", "messages.1.content"]
+    (row, *_) = rows_of(make_task(WikiTextTask, write(tmp_path / "mine.jsonl", rows), *flags))
+    assert row == {"prompt": "ask 0", "answer": "say 0"}
+
+
+@pytest.mark.parametrize("path, told", [
+    ("messages.0", "'messages.0' of .* is a dict: name the part of it that is meant"),
+    ("messages.0.none", "has nothing .null."),
+    ("messages.0.content", "is not of one kind in all rows, but list and str"), ("messages.7.content", "has nothing"),
+    (f"messages.{10**20}", "has no column 'messages.1000"), ("mixed.0", "'mixed.0' of .* is not of one kind"),
+])  # fmt: skip
+def test_parts_of_several_shapes(path, told, tmp_path):
+    rows = [{"messages": [{"role": "user", "content": ["ask"] if n % 4 == 1 else "ask"} | ({"x": 1} if n % 3 else {})],
+             "mixed": ["x", 7] if n % 2 else [7, "x"]} for n in range(30)]  # fmt: skip
+    with pytest.raises(UserError, match=told):
+        make_task(WikiTextTask, write(tmp_path / "mine.jsonl", rows), "--text_column", path).rows("train")
+
+
+def test_a_column_s_own_name_may_have_dots(tmp_path):
+    rows = [{"m.i": {"q": text}, "a.b": "other"} for text in TEXTS]
+    path = write(tmp_path / "mine.jsonl", rows)
+    assert rows_of(make_task(WikiTextTask, path, "--text_column", "m.i.q"))[0] == {"text": TEXTS[0]}
+    assert rows_of(make_task(WikiTextTask, path, "--text_column", "a.b"))[0] == {"text": "other"}
+
+
+# --------------------------------------------------------------------------------------------- how a .csv is written
+
+
+def directory_of(tmp_path, name, content, card=""):
+    directory = tmp_path / "data"
+    directory.mkdir()
+    (directory / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    if card:
+        (directory / "README.md").write_text(
+            f"---\nconfigs:\n- config_name: default\n  data_files: {name}\n{card}---\n"
+        )
+    return directory
+
+
+@pytest.mark.parametrize("name, content, card", [
+    ("train.tsv", "body\tid\n" + "a text, of two\t007\n" * 20, ""),
+    ("train.csv", "body;id\n" + "a text, of two;007\n" * 20, "  sep: ';'\n"),
+    ("train.csv", '"a text, of two",007\n' * 20, "  column_names: [body, id]\n"),
+    ("train.csv", b"body,id\n" + b'"a text, of two",007\n' * 19 + b"h\xf6flich,007\n", "  encoding: latin-1\n"),
+], ids=["tabs", "semicolons", "no header", "latin-1"])  # fmt: skip
+def test_a_dataset_says_how_its_csv_is_written(name, content, card, tmp_path):
+    directory = directory_of(tmp_path, name, content, card)
+    texts = make_task(WikiTextTask, directory, "--text_column", "body").rows("train")["text"][:]
+    assert texts[0] == "a text, of two"
+    assert make_task(WikiTextTask, directory, "--text_column", "id").rows("train")["text"][0] == "007"
+
+
+def test_a_column_of_true_and_false_is_no_text(tmp_path):
+    """The only other one is found."""
+    rows = [{"flag": ("True", "false")[n % 2], "body": text} for n, text in enumerate(TEXTS)]
+    assert rows_of(make_task(WikiTextTask, write(tmp_path / "mine.csv", rows)))[0] == {"text": TEXTS[0]}

@@ -179,8 +179,9 @@ def test_a_block_says_of_which_rows_it_is(tmp_path):
 def test_rows_of_several_files_are_named_by_file(tmp_path):
     """Which one a row is in is nobody's guess: they are read in the order of their names, part10 before part2."""
     directory = tmp_path / "data"
-    for part, start in (("part1", 0), ("part10", 20), ("part2", 40)):
-        write(directory / f"{part}.jsonl", [{"text": TEXTS[start + n]} for n in range(20)])
+    for part, start, end in (("part1", 0, 20), ("part10", 20, 37), ("part2", 37, 60)):
+        write(directory / f"{part}.jsonl", [{"text": text} for text in TEXTS[start:end]])
+    (directory / "part1a.jsonl").write_text("")
     task = make_task(WikiTextTask, directory, "--one_row_one_example")
     texts = [row["text"] for row in task.rows("train")]
     for index in (0, 20, 53):
@@ -190,3 +191,30 @@ def test_rows_of_several_files_are_named_by_file(tmp_path):
     joined = make_task(WikiTextTask, directory, "--vocab_size", "300")
     named = {joined.origin("train", index) for index in range(len(joined.load_dataset("train")))}
     assert any(re.fullmatch(r"row 19 of part1.jsonl to row \d of part10.jsonl", name) for name in named)
+
+
+@pytest.mark.parametrize("names", [("p[0].jsonl", "p[1].jsonl"), ("a*.csv", "b.csv"), ("a.csv", "b?.csv")])
+def test_files_whose_names_are_patterns(names, tmp_path):
+    for name in names:
+        write(tmp_path / "data" / name, [{"text": f"text {n} of {name}"} for n in range(6)])
+    task = make_task(WikiTextTask, tmp_path / "data", "--one_row_one_example")
+    texts = task.rows("train")["text"][:]
+    assert len(texts) == 10
+    for index, text in enumerate(texts):
+        assert task.origin("train", index) == text.replace("text", "row")
+
+
+def test_a_file_with_a_header_only_is_no_error(tmp_path):
+    """A row is then named by its number among all."""
+    write(tmp_path / "data" / "a.csv", [{"text": text} for text in TEXTS[:20]])
+    (tmp_path / "data" / "b.csv").write_text("text\n")
+    task = make_task(WikiTextTask, tmp_path / "data", "--one_row_one_example")
+    assert task.origin("train", 3) in ("row 3", "row 3 of a.csv")
+
+
+def test_a_wrong_cell_is_named_by_file(tmp_path):
+    for name, wrong in (("a", None), ("b", 3)):
+        rows = [{"text": None if n == wrong else text} for n, text in enumerate(TEXTS[:8])]
+        write(tmp_path / "data" / f"{name}.jsonl", rows)
+    with pytest.raises(UserError, match="row 11 of the train split, row 3 of b.jsonl, has nothing"):
+        make_task(WikiTextTask, tmp_path / "data").rows("train")

@@ -106,7 +106,7 @@ def test_a_part_of_the_data_is_noted(trained):
 def test_a_model_that_is_not_analyzed_is_noted(trained, tmp_path):
     _, _, others = trained
     out = run("analyze", *others, "--factor_strategy", "identity", "--model_name_or_path", tmp_path).ok()
-    assert "Note: --model_name_or_path is for train.py: analyzed is the model in" in out
+    assert "Note: --model_name_or_path: for train.py; analyzed is the model in" in out
 
 
 def test_an_old_record_says_nothing_of_the_data(trained, tmp_path):

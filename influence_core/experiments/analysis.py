@@ -37,7 +37,8 @@ def _analyze(task_class: type[ExampleTask], arguments) -> None:
     model = task.load_model(arguments.checkpoint_dir).to(runtime.device)
     unused = [flag for flag in task.flags_of_a_start if flag in arguments.given]
     if unused and not is_adapter(arguments.checkpoint_dir):
-        runtime.print(f"Note: --{unused[0]} is for train.py: analyzed is the model in {arguments.checkpoint_dir}")
+        flags = ", ".join(f"--{flag}" for flag in unused)
+        runtime.print(f"Note: {flags}: for train.py; analyzed is the model in {arguments.checkpoint_dir}")
     train_dataset, query_dataset = load_datasets(task, arguments)
     num_train, num_queries = len(train_dataset), len(query_dataset)
     study = Study(
@@ -75,7 +76,7 @@ def load_datasets(task: ExampleTask, arguments) -> tuple[Sequence[Any], Sequence
     num_train = check_size(arguments, "num_train", len(task.load_dataset("train")), "training set")
     num_queries = check_size(arguments, "num_queries", len(task.load_dataset("validation")), "validation set")
     train_dataset = task.load_dataset("train", range(num_train))
-    require_same_data(arguments, train_dataset)
+    require_same_data(task, arguments, train_dataset)
     return train_dataset, task.load_dataset("validation", range(num_queries))
 
 

@@ -108,14 +108,14 @@ def is_finished(checkpoint_dir: Path, record: dict, data: Callable[[], str]) -> 
     return True
 
 
-def require_same_data(arguments, train_dataset: Sequence[Any]) -> None:
+def require_same_data(task: ExampleTask, arguments, train_dataset: Sequence[Any]) -> None:
     """Raise UserError if the training examples are others than a checkpoint was trained on, and no flag asked for it;
     where one did, note it.
     """
     stored = read_training_record(arguments.checkpoint_dir).get(DATA)
     if stored is None or stored == dataset_fingerprint(train_dataset):
         return
-    if not arguments.given & {*arguments.task, "num_train"}:
+    if not arguments.given & {*arguments.task, "num_train"} - {*task.flags_of_a_start}:
         raise UserError(f"{arguments.checkpoint_dir} was trained on other examples: the data has changed since; train "
                         "again, or name the data with --dataset_name_or_path to take it as it is")  # fmt: skip
     if is_main_process():

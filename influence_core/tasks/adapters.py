@@ -97,7 +97,7 @@ def adapted_model(
     if lora is not None and (lora.rank, lora.alpha or config.lora_alpha) != (config.r, config.lora_alpha):
         raise UserError(f"the adapter in {directory} has rank {config.r} and alpha {config.lora_alpha}, not what "
                         "--lora_rank and --lora_alpha say: leave these out")  # fmt: skip
-    base = base_of(directory, config)
+    base, revision = base_of(directory, config)
     if model_source is not None and not Path(base).exists() and Path(model_source).exists():
         base = model_source
     what = f"base_model_name_or_path (in {directory}/{CONFIG})"
@@ -105,7 +105,7 @@ def adapted_model(
         raise UserError(
             f"the base model of the adapter in {directory} is not in {base}: name where it is with {MODEL_FLAG}"
         )
-    model, new_weights = start_model(auto_model, base, what, adapt, is_quiet=True, revision=config.revision)
+    model, new_weights = start_model(auto_model, base, what, adapt, is_quiet=True, revision=revision)
     untrained = [name for name in _modules_of(new_weights) if not _is_within(name, config.modules_to_save or ())]
     if untrained:
         raise UserError(f"neither the base model {base} nor the adapter in {directory} has weights for "
@@ -138,14 +138,14 @@ def adapted_model(
     return model
 
 
-def base_of(directory: str | Path, config: "PeftConfig | None" = None) -> str:
-    """The base model of an adapter, as it was named where it was trained."""
+def base_of(directory: str | Path, config: "PeftConfig | None" = None) -> tuple[str, str | None]:
+    """(the base model of an adapter, as it was named where it was trained; its revision on the Hub)"""
     from peft import PeftConfig
 
     config = config or load_from(str(directory), CHECKPOINT_FLAG, lambda: PeftConfig.from_pretrained(directory))
     if not config.base_model_name_or_path:
         raise UserError(f"{directory}/{CONFIG} names no base model: write it into base_model_name_or_path")
-    return config.base_model_name_or_path
+    return config.base_model_name_or_path, config.revision
 
 
 def save(model: nn.Module, directory: str | Path) -> None:

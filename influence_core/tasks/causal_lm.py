@@ -95,7 +95,7 @@ class CausalLMTask(LanguageModelTask):
 
     def _answered(self, rows: list[dict]) -> Iterator[dict[str, Tensor]]:
         """Prompt, answer and the end's token, as one sequence."""
-        texts = [self.prompt.text(row, self.separator) + self.separator for row in rows]
+        texts = [text + self.separator for text in self.prompt.texts(rows, self.separator)]
         prompts = self.tokenizer(texts, verbose=False)["input_ids"]
         answers = self.tokenizer([row["answer"] for row in rows], add_special_tokens=False, verbose=False)["input_ids"]
         end, begin = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id

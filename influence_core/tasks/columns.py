@@ -1,7 +1,7 @@
 """Which columns of a dataset a task reads, and what they have to hold: found in Arrow's columns before any work."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,19 @@ class Kind(ABC):
     def looks_right(self, value: Any) -> bool:
         """Whether a wrong cell would be right but for its type, that a worse one gave to the whole column."""
         return False
+
+    @property
+    def may_be_number(self) -> bool:
+        """Whether a text of digits is to be read as a number."""
+        return False
+
+    def objection(self, cells: Iterable[Any]) -> str | None:
+        """What is wrong with a column whose cells are all right."""
+        return None
+
+    def note(self, column: "ChunkedArray") -> str | None:
+        """What a person should know of a column that is right."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -105,6 +118,17 @@ class Label(Kind):
     def looks_right(self, value):
         return isinstance(value, str) and value.strip().isdecimal() and self.takes(int(value))
 
+    @property
+    def may_be_number(self):
+        return not any(name.isdecimal() for name in self.names)
+
+    def note(self, column):
+        import pyarrow.compute as pc
+
+        if len(column) and not any(self.index(value) == 0 for value in pc.unique(column).to_pylist()):
+            return "no row is of class 0, from which classes count"
+        return None
+
     def __str__(self):
         names = f", or one of {', '.join(self.names)}" if self.names else ""
         return f"a whole number from 0 to {self.num_classes - 1}{names}"
@@ -128,6 +152,10 @@ class Ending(Label):
 
         return types.is_integer(column) or types.is_string(column)
 
+    def objection(self, cells):
+        written = {isinstance(cell, str) and not cell.isdecimal() for cell in cells}
+        return "letters in some rows and numbers in others: write all alike" if len(written) > 1 else None
+
     def takes(self, value):
         if isinstance(value, str) and value.isdecimal():
             return super().takes(int(value))
@@ -144,6 +172,7 @@ class Wanted:
     kind: Kind
     flag: str | None = None  # by which it may be named
     given: str | None = None  # by that flag
+    may_be_found: bool = True  # by its type, where it is not named
 
 
 def find_columns(
@@ -180,7 +209,12 @@ def find_columns(
         flag = wanted[name].flag
         others = [column for column in types if column not in found.values()]
         is_clear = len(columns) == 1 and (columns == others or not isinstance(wanted[name].kind, Label))
-        if flag is None or not is_clear or sum(columns == other for other in fitting.values()) > 1:
+        if (
+            flag is None
+            or not is_clear
+            or not wanted[name].may_be_found
+            or sum(columns == other for other in fitting.values()) > 1
+        ):
             remedy = "" if flag is None else f": name the one that is meant with {flag}"
             raise UserError(f"{source} has no column {name!r}, only {names}{remedy}")
         found[name] = columns[0]
@@ -195,8 +229,18 @@ def only_wanted(rows: "Dataset", columns: Mapping[str, str]) -> "Dataset":
     return rows.rename_columns({column: name for name, column in columns.items() if name != column})
 
 
-def check_columns(rows: "Dataset", kinds: Mapping[str, Kind], source: str, split: str) -> None:
-    """Raise UserError for a cell that is not of its column's kind: by row, from 0."""
+def notes_on_columns(rows: "Dataset", kinds: Mapping[str, Kind]) -> list[str]:
+    """What a person should know of columns that are right."""
+    notes = {column: kind.note(rows.data.column(column)) for column, kind in kinds.items()}
+    return [f"{note} ({column!r})" for column, note in notes.items() if note]
+
+
+def check_columns(rows: "Dataset", kinds: Mapping[str, Kind], source: str, where: Callable[[int], str]) -> None:
+    """Raise UserError for a cell that is not of its column's kind.
+
+    Args:
+        where: a row is, as a person finds it.
+    """
     for column, kind in kinds.items():
         # Without a mapping of indices, the table that rows are taken from: if all of that is right, so are they.
         if kind.takes_all(rows.data.column(column)):
@@ -208,9 +252,11 @@ def check_columns(rows: "Dataset", kinds: Mapping[str, Kind], source: str, split
             row, value = min(wrong, key=lambda each: each[1] is not None)
             others = f" ({len(wrong) - 1} more rows are wrong)" if len(wrong) > 1 else ""
             raise UserError(
-                f"{source}: row {row} of the {split} split has {_shown(value)} as {column!r}, which has to be "
-                f"{kind}{others}: mend such rows or leave them out"
+                f"{source}: {where(row)} has {_shown(value)} as {column!r}, which has to be {kind}{others}: mend such "
+                "rows or leave them out"
             )
+        if objection := kind.objection(_cells(rows, column)):
+            raise UserError(f"{source}: {column!r} has {objection}")
 
 
 def _cells(rows: "Dataset", column: str) -> Iterator[Any]:

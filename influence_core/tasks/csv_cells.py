@@ -15,7 +15,7 @@ def is_csv(builder: "DatasetBuilder") -> bool:
     return isinstance(builder.config, CsvConfig)
 
 
-def texts_of(files: Sequence[str]) -> "Features":
+def texts_of(files: Sequence[str], builder: "DatasetBuilder") -> "Features":
     """The columns of .csv files, as texts: pandas would guess their types, and make 7 of "007".
 
     Raises:
@@ -23,7 +23,7 @@ def texts_of(files: Sequence[str]) -> "Features":
     """
     from datasets import Features, Value
 
-    columns = {file: _header(file) for file in files}
+    columns = {file: _header(file, builder.config.pd_read_csv_kwargs) for file in files}
     first = files[0]
     for file in files[1:]:
         if sorted(columns[file]) != sorted(columns[first]):
@@ -32,17 +32,22 @@ def texts_of(files: Sequence[str]) -> "Features":
     return Features(dict.fromkeys(columns[first], Value("string")))
 
 
-def _header(file: str) -> list[str]:
+def _header(file: str, options: dict) -> list[str]:
     import pandas
 
     try:
-        first = pandas.read_csv(file, nrows=1)
+        first = pandas.read_csv(file, **options | {"nrows": 1, "chunksize": None})
     except Exception as error:
         error.add_note(f"'{file}' with error")  # as datasets says it
         raise
     if not isinstance(first.index, pandas.RangeIndex):  # pandas made one of cells that the header does not name
-        raise ValueError(f"the rows of {file} have more cells than its header names: quote cells with commas")
+        raise more_cells(file)
     return list(first.columns)
+
+
+def more_cells(source: str) -> ValueError:
+    """Of rows whose first cells would be lost."""
+    return ValueError(f"the rows of {source} have more cells than its header names: quote cells with commas")
 
 
 def column_types(rows: "Dataset", builder: "DatasetBuilder") -> dict[str, "DataType"]:
@@ -54,7 +59,7 @@ def column_types(rows: "Dataset", builder: "DatasetBuilder") -> dict[str, "DataT
 
 
 def with_numbers(rows: "Dataset", columns: Sequence[str]) -> "Dataset":
-    """The rows, with numbers in those of the columns that hold numbers only."""
+    """The rows, with numbers in those of the columns that hold nothing else."""
     import pyarrow
     from datasets import Dataset, concatenate_datasets
 
@@ -63,13 +68,13 @@ def with_numbers(rows: "Dataset", columns: Sequence[str]) -> "Dataset":
 
 
 def _as_numbers(column: "ChunkedArray") -> "ChunkedArray":
-    """Texts that are all whole numbers, or all numbers, as such; any others as they are."""
+    """Texts that are all whole numbers, all numbers, or all true or false, as such; any others as they are."""
     import pyarrow
     import pyarrow.compute as pc
 
     if not pyarrow.types.is_string(column.type):
         return column
-    for kind in (pyarrow.int64(), pyarrow.float64()):
+    for kind in (pyarrow.int64(), pyarrow.float64(), pyarrow.bool_()):
         try:
             return pc.cast(pc.utf8_trim_whitespace(column), kind)
         except pyarrow.ArrowInvalid:

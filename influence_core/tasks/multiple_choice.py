@@ -67,6 +67,7 @@ class MultipleChoiceTask(ClassificationTask):
         return [(question, row[ending]) for ending in self.endings]
 
     def tokenized(self, rows):
+        self.prompt.texts(rows, " ")  # none is blank altogether
         pairs = [pair for row in rows for pair in self.choices(row)]
         encoded = self.encode(*zip(*pairs))
         return [

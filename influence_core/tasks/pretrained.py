@@ -6,6 +6,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from huggingface_hub.constants import DEFAULT_REVISION
 from transformers import AutoTokenizer, PretrainedConfig
 
 from influence_core.errors import UserError
@@ -58,7 +59,7 @@ class PretrainedTask(ExampleTask):
         if self.lora is None and (lora_alpha or lora_target_modules):
             raise UserError("--lora_alpha and --lora_target_modules are of an adapter: give --lora_rank as well")
         self.columns = dict(self.columns)
-        self.named_columns: dict[str, tuple[str, str | None]] = {}  # {column: (flag, the dataset's name by that flag)}
+        self.named_columns: dict[str, tuple] = {}  # {column: (flag, the dataset's name by that flag, …)}, see Wanted
         self.model_source, self.tokenizer_source = model_name_or_path, tokenizer_name_or_path
         self.config_overrides = parse_overrides(config_overrides or "")
         self.dataset_source, self.dataset_config = dataset_name_or_path, dataset_config
@@ -107,7 +108,8 @@ class PretrainedTask(ExampleTask):
         if self.is_demo:
             return list(demo_corpus().values())
         rows = self.rows("train")
-        return [text for column, kind in self.columns.items() if isinstance(kind, Text) for text in rows[column]]
+        texts = (text for column, kind in self.columns.items() if isinstance(kind, Text) for text in rows[column])
+        return [text for text in texts if text]
 
     def config_values(self) -> dict[str, Any]:
         """What the config of a model from scratch takes from the tokenizer and the task."""
@@ -138,14 +140,17 @@ class PretrainedTask(ExampleTask):
             tokenizer = train_tokenizer(self.tokenizer_texts(), self.vocab_size, self.tokenizer_style)
         else:
             source, flag = self.tokenizer_source or self.model_source, "--tokenizer_name_or_path"
+            revision = None
             if self.checkpoint_dir is not None:
                 source, flag = self.checkpoint_dir, "--checkpoint_dir"
                 if is_adapter(source) and not Path(source, TOKENIZER_CONFIG).is_file():
-                    source = self.tokenizer_source or base_of(source)
+                    source, revision = (self.tokenizer_source, None) if self.tokenizer_source else base_of(source)
             if source is None:
                 raise UserError("no tokenizer: name one with --tokenizer_name_or_path")
             origin = f"the tokenizer of {flag} {source}"
-            tokenizer = load_from(source, flag, lambda: AutoTokenizer.from_pretrained(source))
+            tokenizer = load_from(
+                source, flag, lambda: AutoTokenizer.from_pretrained(source, revision=revision or DEFAULT_REVISION)
+            )
             num_special = len(tokenizer.all_special_tokens)
             if len(tokenizer) <= num_special:  # what transformers makes of a directory without a tokenizer
                 raise UserError(f"there is no tokenizer in {flag} {source}")
@@ -172,7 +177,7 @@ class PretrainedTask(ExampleTask):
         elif checkpoint_dir is None:
             if is_adapter(self.model_source):
                 raise UserError(f"{MODEL_FLAG} {self.model_source} is an adapter, not a model: name its base model, "
-                                f"{base_of(self.model_source)}, or merge the two")  # fmt: skip
+                                f"{base_of(self.model_source)[0]}, or merge the two")  # fmt: skip
             model, new_weights = start_model(self.auto_model, self.model_source, MODEL_FLAG, self.adapt_config)
             if self.lora:
                 model = add_adapter(model, self.lora, new_weights)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from influence_core.tasks.columns import Kind, Text
+from influence_core.tasks.rows import UnfitRow
 
 PROMPT_FLAG = "--prompt_column"
 
@@ -19,14 +20,23 @@ class Prompt:
     """
 
     def __init__(self, flag: str, own: Sequence[str], given: Sequence[str] | str | None):
+        is_named = bool(given)
         given = [given] if isinstance(given, str) else list(given or own)
         self.is_own = given == list(own)
+        self.given = given
         self.names = [*own, *map("part {}".format, range(len(own), len(given)))][: len(given)]
         kind = Text() if self.is_own or len(given) == 1 else Text(may_be_missing=True)
         self.columns: dict[str, Kind] = dict.fromkeys(self.names, kind)
         self.named_columns = {
-            name: (flag, None if name == column else column) for name, column in zip(self.names, given)
+            name: (flag, column if is_named else None, len(own) == 1) for name, column in zip(self.names, given)
         }
+
+    def texts(self, rows: Sequence[Mapping[str, Any]], separator: str) -> list[str]:
+        """Of each row; UnfitRow where all of several columns are blank."""
+        for index, row in enumerate(rows):
+            if len(self.names) > 1 and not any((row[name] or "").strip() for name in self.names):
+                raise UnfitRow(index, f"has nothing in any of {', '.join(map(repr, self.given))}")
+        return [self.text(row, separator) for row in rows]
 
     def text(self, row: Mapping[str, Any], separator: str) -> str:
         """Of a row."""

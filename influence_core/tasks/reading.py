@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from influence_core.errors import UserError
-from influence_core.tasks.csv_cells import is_csv, texts_of
+from influence_core.tasks.csv_cells import is_csv, more_cells, texts_of
 from influence_core.tasks.loading import overheard
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder
 
 PLACE_FLAG = "--dataset_name_or_path"
+PANDAS_INDEX = "__index_level_0__"  # a column of cells that no header names
 READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -105,11 +106,26 @@ def places_of(place: str, builder: "DatasetBuilder", split: str, num_rows: int) 
 
 
 def rows_by_file(place: str, builder: "DatasetBuilder", split: str) -> list[tuple[str, int]]:
-    """(file, how many rows it has), in the order of a split's rows; empty but for a directory that has several."""
+    """(file, how many rows it has), in the order of a split's rows; empty but for a directory that has several.
+
+    Empty also where they can't be counted: a row then has no name but its number in the split.
+    """
+    import datasets
+
     files = (getattr(builder.config, "data_files", None) or {}).get(split, []) if Path(place).is_dir() else []
     if len(files) < 2:
         return []
-    return [(os.path.relpath(file, place), len(load_rows(place, builder, split, {split: [file]}))) for file in files]
+    shows_progress = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        filled = [file for file in files if os.path.getsize(file)]
+        rows = [len(load_rows(place, builder, split, {split: [file]})) for file in filled]
+    except Exception:  # of files of which one alone can't be read, as one that has a header only
+        return []
+    finally:
+        if shows_progress:
+            datasets.enable_progress_bars()
+    return [(os.path.relpath(file, place), number) for file, number in zip(filled, rows)]
 
 
 def load_rows(
@@ -122,7 +138,7 @@ def load_rows(
     """
     from datasets import load_dataset
 
-    options = {}
+    options, patterns = {}, None
     if is_csv(builder):
         options |= {"keep_default_na": False, "na_values": [""]}  # "None" and "NA" are texts
     if Path(place).exists():
@@ -130,17 +146,23 @@ def load_rows(
         # beside a 7 to one in quotation marks.
         found = builder.config.data_files or {}
         names = re.findall(r"(?:^|\+)\s*(\w+)", split)
-        files = files or {name: found[name] for name in names if name in found} or None
+        patterns = {name: found[name] for name in names if name in found} or None
+        if files is not None:
+            patterns = {name: list(map(glob.escape, each)) for name, each in files.items()}
         if is_csv(builder):
-            options["features"] = texts_of([file for each in (files or found).values() for file in each])
+            read = files or patterns or found
+            options["features"] = texts_of([file for each in read.values() for file in each], builder)
     if are_lines(builder):  # which are joined again
         options |= {"keep_linebreaks": True, "encoding": "utf-8-sig"}
     if Path(place).is_file():
-        place, files = READERS[Path(place).suffix.lower()], files or builder.config.data_files
+        place, patterns = READERS[Path(place).suffix.lower()], patterns or builder.config.data_files
     # Which file it is stands in what datasets logs of an error, not in the error.
     with overheard("datasets", lambda record: record.levelno >= logging.ERROR) as logged:
         try:
-            return load_dataset(place, builder.config.name, data_files=files, split=split, **options)
+            rows = load_dataset(place, builder.config.name, data_files=patterns, split=split, **options)
+            if is_csv(builder) and PANDAS_INDEX in rows.column_names:
+                raise more_cells(place)
+            return rows
         except Exception as error:
             for message in logged:
                 error.add_note(message)

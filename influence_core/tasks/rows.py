@@ -6,11 +6,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from influence_core.errors import UserError
-from influence_core.tasks.columns import Label, Wanted, check_columns, find_columns, only_wanted
+from influence_core.tasks.columns import Wanted, check_columns, find_columns, notes_on_columns, only_wanted
 from influence_core.tasks.csv_cells import column_types, is_csv, with_numbers
 from influence_core.tasks.example import is_main_process
 from influence_core.tasks.loading import load_from
-from influence_core.tasks.nested import with_nested
+from influence_core.tasks.nested import longer_lists, with_nested
 from influence_core.tasks.reading import (
     PLACE_FLAG,
     Places,
@@ -82,19 +82,20 @@ class RowSource:
 
     def name(self, split: str, first: int, last: int | None = None) -> str:
         """Such as "row 7", or "rows 7 to 9"; with the file or the split of the dataset, where there are several."""
-        of_first, start = self._row(split, first)
-        of_last, end = self._row(split, first if last is None else last)
+        part = self.part(split)
+        of_first, start = self._place(part, first)
+        of_last, end = self._place(part, first if last is None else last)
         if of_first != of_last:
             return f"row {start} of {of_first} to row {end} of {of_last}"
         rows = f"row {start}" if start == end else f"rows {start} to {end}"
         return rows + (f" of {of_first}" if of_first else "")
 
-    def _row(self, split: str, index: int) -> tuple[str | None, int]:
-        """(the file or the split that it is in, where there are several; its number there)"""
-        places = self.part(split).places
+    def _place(self, part: Part, index: int) -> tuple[str | None, int]:
+        """(the file or the split that a row is in, where there are several; its number there)"""
+        places = part.places
         of_split, number = places[index]
         if of_split not in self._files:
-            self._files[of_split] = self._load(split, lambda _: rows_by_file(self.place, self._builder, of_split))
+            self._files[of_split] = rows_by_file(self.place, self._builder, of_split)
         for file, rows in self._files[of_split]:
             if number < rows:
                 return file, number
@@ -143,9 +144,11 @@ class RowSource:
         if split == "train":  # a column is the same in all splits, whether it was named or found
             self.wanted = {wanted: replace(each, given=columns[wanted]) for wanted, each in self.wanted.items()}
         kinds = {column: self.wanted[wanted].kind for wanted, column in columns.items()}
-        rows = with_nested(rows, [column for column in kinds if column not in rows.column_names])
+        nested = [column for column in kinds if column not in rows.column_names]
+        self._say(*(f"Note: {note} of {self.place}" for note in longer_lists(rows, nested)))
+        rows = self._from_place(lambda: with_nested(rows, nested, self.place))
         if is_csv(self._builder):
-            rows = with_numbers(rows, [column for column, kind in kinds.items() if isinstance(kind, Label)])
+            rows = with_numbers(rows, [column for column, kind in kinds.items() if kind.may_be_number])
         part = Part(rows, self._load(split, lambda name: places_of(self.place, self._builder, name, len(rows))))
         if are_lines(self._builder):  # a blank one separates others
             lines = rows["text"][:]
@@ -153,8 +156,15 @@ class RowSource:
             if len(kept) < len(part):
                 self._say(f"Note: {len(part) - len(kept)} blank lines of {self.place} are left out")
                 part = part.select(kept)
-        check_columns(part.rows, kinds, self.place, name)
+        check_columns(part.rows, kinds, self.place, lambda row: self._where(part, name, row))
+        if split == "train":
+            self._say(*(f"Note: {note} of {self.place}" for note in notes_on_columns(part.rows, kinds)))
         return Part(only_wanted(part.rows, columns), part.places)
+
+    def _where(self, part: Part, split: str, row: int) -> str:
+        """Such as "row 7 of the train split", and where it is in its file, where there are several."""
+        of, number = self._place(part, row)
+        return f"row {row} of the {split} split" + (f", row {number} of {of}," if of else "")
 
     def _held_out(self) -> dict[str, Part]:
         whole = self._whole("train")

@@ -62,7 +62,7 @@ class Seq2SeqTask(LanguageModelTask):
     # ---------------------------------------------------------------------------------------------------------- data
 
     def tokenized(self, rows):
-        texts = [self.source_prefix + self.prompt.text(row, SEPARATOR) for row in rows]
+        texts = [self.source_prefix + text for text in self.prompt.texts(rows, SEPARATOR)]
         sources = self.tokens(texts, self.max_source_length)
         encoded = self.tokenizer(
             text_target=[row[self.target] for row in rows], truncation=True, max_length=self.max_target_length
