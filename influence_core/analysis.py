@@ -13,7 +13,8 @@ from influence_core.factors.fit import fit_factors, refuse_foreign_factors
 from influence_core.factors.kept import KeptCaptures
 from influence_core.factors.strategies import Damping, damping_scale, find_strategy
 from influence_core.layers import TrackedLayer
-from influence_core.passes import LossFunction, Probe
+from influence_core.passes import LossFunction
+from influence_core.probing import Probe, probe
 from influence_core.runtime import is_out_of_memory
 from influence_core.scores.batch_sizes import fit_batch_sizes
 from influence_core.scores.pairwise import compute_pairwise_scores, pairwise_score_store
@@ -72,6 +73,7 @@ def analyze(
         product_bytes=study.runtime.precision.product_dtype.itemsize,
         num_in_eigenbasis=sum(strategy.in_eigenbasis for strategy in strategies),
         num_with_lambda=sum(strategy.needs_lambda for strategy in strategies),
+        num_preconditioned=sum(strategy.needs_lambda or strategy.in_eigenbasis for strategy in strategies),
         sum_bytes=study.runtime.precision.sum_dtype.itemsize,
         device_type=study.runtime.device.type,
         num_processes=study.runtime.world_size,
@@ -117,9 +119,9 @@ def probe_example(study: Study, dataset: Sequence[Any], loss: LossFunction, laye
     lengths = study.lengths(dataset)
     longest = max(range(len(lengths)), key=lengths.__getitem__)
     with study.gradient_pass(loss, layers) as run:
-        one = run.probe(make_batch(study.task, dataset, [longest], study.runtime))
+        one = probe(run, make_batch(study.task, dataset, [longest], study.runtime))
         try:
-            two = run.probe(make_batch(study.task, dataset, [longest, longest], study.runtime))
+            two = probe(run, make_batch(study.task, dataset, [longest, longest], study.runtime))
             num_bytes = two.num_bytes - one.num_bytes
         except RuntimeError as error:
             if not is_out_of_memory(error):

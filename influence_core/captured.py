@@ -1,8 +1,9 @@
 """What the layers saw of a batch, laid out by rows and positions, and how much memory it holds."""
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,23 +11,100 @@ from torch import Tensor
 from influence_core.errors import UserError
 
 
-@dataclass
-class Captured:
+@dataclass(frozen=True)
+class Calls:
+    """Of one module in one forward pass, in their order."""
+
+    inputs: list[Tensor]
+    output_gradients: list[Tensor]  # of the summed loss
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a batch lies in what its layers saw."""
+
+    num_examples: int
+    rows_per_example: int | None  # None where only the task knows, which then post-processes gradients
+    position_counts: set[int]  # how many positions a row has anywhere in the batch
+    mask: Callable[[str], Tensor | None]  # of a layer's positions, [rows, positions]
+    operand: Callable[[Tensor], Tensor]  # a tensor as it enters a product
+
+
+class Captured(ABC):
     """What one layer saw of one batch: enough for every factor and every per-sample gradient."""
 
+    @abstractmethod
+    def __len__(self) -> int:
+        """Per-sample gradients that can be made of it."""
+
+    @abstractmethod
+    def __getitem__(self, rows: slice) -> "Captured":
+        """That of some of them."""
+
+    @abstractmethod
+    def to(self, dtype: torch.dtype) -> "Captured":
+        """The same in another number format."""
+
+    @property
+    @abstractmethod
+    def inputs(self) -> list[Tensor]:
+        """The floating-point tensors that it read."""
+
+    @property
+    @abstractmethod
+    def gradients(self) -> list[Tensor]:
+        """Those of its outputs, of the summed loss."""
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
+        return [*self.inputs, *self.gradients]
+
+    def compact(self) -> "Captured":
+        """Without what adds nothing to a gradient."""
+        return self
+
+    def size(self) -> float:
+        """By which the rounding of its gradients goes: norm of the inputs x norm of the output gradients."""
+        inputs, gradients = (sum(float(x.norm()) ** 2 for x in each) for each in (self.inputs, self.gradients))
+        return math.sqrt(inputs * gradients)
+
+
+@dataclass
+class Positions(Captured):
+    """What a layer read and what came back, position by position."""
+
     activations: Tensor  # [rows, positions, in], as operands of products
-    output_gradients: Tensor  # [rows, positions, out], of the summed loss, as operands of products
-    mask: Tensor | None  # [rows, positions] bool, true at real positions; None: all are real
+    output_gradients: Tensor  # [rows, positions, out], as operands of products
+    mask: Tensor | None = None  # [rows, positions] bool, true at real positions; None: all are real
     active: Tensor | None = None  # [rows, positions] bool, true where there is a gradient; None: nearly everywhere
     max_active: int = 0  # at most so many are true in a row
 
-    def at_active_positions(self) -> tuple[Tensor, Tensor]:
-        """Activations and output gradients where there is a gradient: all that a per-sample gradient is made of.
+    def __len__(self):
+        return len(self.activations)
+
+    def __getitem__(self, rows):
+        mask, active = (None if x is None else x[rows] for x in (self.mask, self.active))
+        return Positions(self.activations[rows], self.output_gradients[rows], mask, active, self.max_active)
+
+    def to(self, dtype):
+        return replace(self, activations=self.activations.to(dtype), output_gradients=self.output_gradients.to(dtype))
+
+    @property
+    def inputs(self):
+        return [self.activations]
+
+    @property
+    def gradients(self):
+        return [self.output_gradients]
+
+    def compact(self):
+        """The positions with a gradient alone.
 
         Padding has none, and where the loss reads one position alone, neither has the rest of what the last layers see.
         """
         if self.active is None:
-            return self.activations, self.output_gradients
+            return self
         num_rows, num_positions = self.active.shape
         positions = self.active.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : self.max_active]
         index = positions + num_positions * torch.arange(num_rows, device=positions.device).unsqueeze(1)
@@ -34,39 +112,32 @@ class Captured:
             x.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape)
             for x in (self.activations, self.output_gradients)
         )
-        return activations, output_gradients
+        return Positions(activations, output_gradients)
 
 
-def lay_out(
-    name: str,
-    inputs: list[Tensor],
-    output_gradients: list[Tensor],
-    mask: Tensor | None,
-    num_examples: int,
-    rows_per_example: int | None,
-    position_counts: set[int],
-) -> Captured:
-    """The calls of a layer, end to end along the position axis, with the rows of an example folded into it.
+def lay_out(name: str, calls: Calls, mask: Tensor | None, layout: Layout) -> Positions:
+    """The calls of a module, end to end along the position axis, with the rows of an example folded into it.
 
     Args:
-        inputs, output_gradients: of each call, [rows, ..., features] with any number of axes of positions; or
-            [rows * positions, features], as layers see them whose model flattens before its feed-forward layers.
+        name: of the layer, for messages.
+        calls: [rows, ..., features] with any number of axes of positions; or [rows * positions, features], as layers
+            see them whose model flattens before its feed-forward layers: unfolded to as many positions as a row has
+            somewhere in the batch, or it would be positions picked from several rows.
         mask: the task's, [rows, positions]; positions that a layer splits into several count alike.
-        rows_per_example: None where only the task knows, which then post-processes gradients.
-        position_counts: how many positions a row has anywhere in the batch: a flattened input is unfolded to one of
-            these only, or it would be positions picked from several rows.
     Raises:
         UserError: the first axis does not count rows, or the mask does not fit.
     """
+    num_examples, rows_per_example = layout.num_examples, layout.rows_per_example
     num_rows = None if rows_per_example is None else num_examples * rows_per_example
-    mask = None if mask is None else torch.as_tensor(mask, dtype=torch.bool, device=inputs[0].device)
+    first = calls.inputs[0]
+    mask = None if mask is None else torch.as_tensor(mask, dtype=torch.bool, device=first.device)
     if num_rows is None:
-        num_rows = len(inputs[0]) if mask is None else len(mask)
+        num_rows = len(first) if mask is None else len(mask)
         if num_rows % num_examples:
-            raise _wrong_rows(name, inputs[0], num_examples, rows_per_example)
+            raise _wrong_rows(name, first, num_examples, rows_per_example)
     activations, gradients, masks = [], [], []
-    for seen, gradient in zip(inputs, output_gradients):
-        is_flattened = seen.dim() == 2 and len(seen) % num_rows == 0 and len(seen) // num_rows in position_counts
+    for seen, gradient in zip(map(layout.operand, calls.inputs), map(layout.operand, calls.output_gradients)):
+        is_flattened = seen.dim() == 2 and len(seen) % num_rows == 0 and len(seen) // num_rows in layout.position_counts
         if not (is_flattened or len(seen) == num_rows) or seen.shape[:-1] != gradient.shape[:-1]:
             raise _wrong_rows(name, seen, num_examples, rows_per_example)
         activations.append(seen.reshape(num_rows, -1, seen.shape[-1]))
@@ -77,7 +148,7 @@ def lay_out(
     laid_out = [each[0] if len(each) == 1 else torch.cat(each, dim=1) for each in parts]
     if rows_per_example not in (None, 1):
         laid_out = [x.reshape(num_examples, -1, *x.shape[2:]) for x in laid_out]
-    return Captured(*laid_out) if mask is not None else Captured(*laid_out, None)
+    return Positions(*laid_out)
 
 
 def position_counts(inputs: Iterable[Tensor], batch: Mapping[str, Tensor]) -> set[int]:
@@ -117,8 +188,9 @@ def _wrong_rows(name: str, seen: Tensor, num_examples: int, rows_per_example: in
     )
 
 
-def find_active_positions(captured: list[Captured]) -> None:
+def find_active_positions(captured: Iterable[Captured]) -> None:
     """Note them where they are fewer than nine tenths. On a GPU, this waits for the backward pass, once a batch."""
+    captured = [each for each in captured if isinstance(each, Positions)]
     are_active = [has_gradient(x.output_gradients) for x in captured]
     counts = torch.stack([active.sum(1).max() for active in are_active]).tolist()
     for x, active, count in zip(captured, are_active, counts):
@@ -132,6 +204,6 @@ def has_gradient(output_gradients: Tensor) -> Tensor:
 
 
 def captured_bytes(captured: dict[str, Captured]) -> int:
-    """Of all layers' activations and output gradients; a tensor that several layers read counts once."""
-    tensors = (x for each in captured.values() for x in (each.activations, each.output_gradients))
+    """Of all layers' inputs and output gradients; a tensor that several layers read counts once."""
+    tensors = (x for each in captured.values() for x in each.tensors)
     return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())

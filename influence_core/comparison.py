@@ -1,6 +1,5 @@
 """Two examples of a dataset under one loss, each alone and both together: they agree, or are refused with the cause."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from influence_core.batches import make_batch
-from influence_core.captured import Captured
+from influence_core.captured import Captured, Positions
 from influence_core.errors import UserError, first_line
 from influence_core.finite import FiniteWatch
 from influence_core.layers import TrackedLayer
@@ -42,9 +41,7 @@ class _Part:
     """What one batch gives to the sums at one layer."""
 
     gradients: Tensor  # [examples, out, in(+1)]
-    size: float  # norm of the activations x norm of the output gradients: by which the gradients' rounding goes
-    num_positions: int  # that are counted
-    second_moment: Tensor  # [in], sums of squares of the counted inputs
+    size: float  # by which the gradients' rounding goes
 
 
 class Comparison:
@@ -72,11 +69,12 @@ class Comparison:
 
     def prove(self, loss: LossFunction, what: str | None = None) -> Alone:
         """What each example gives by itself; UserError where both together give something else."""
-        what = what or self.what
+        what, study = what or self.what, self.study
         alone = [self._run(loss, [index]) for index in self.pair]
         for ran in alone:
-            refuse_counted_padding(ran.captured, ran.batch, [other.batch for other in alone])
-            self.live.update(name for name, captured in ran.captured.items() if captured.output_gradients.any())
+            counted = {layer.name: ran.captured[layer.name] for layer in study.layers if layer.is_kronecker}
+            refuse_counted_padding(counted, ran.batch, [other.batch for other in alone])
+            self.live |= {name for name, captured in ran.captured.items() if any(x.any() for x in captured.gradients)}
         summaries = list(map(self._summary, alone))
         together = self._run(loss, self.pair)
         if together is not None:
@@ -87,7 +85,7 @@ class Comparison:
         return summaries
 
     def _summary(self, ran: _Ran) -> tuple[float, Tensor]:
-        gradients = [ran.captured[layer.name].output_gradients for layer in self.study.layers]
+        gradients = [x for layer in self.study.layers for x in ran.captured[layer.name].gradients]
         places = [torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device) for x in gradients]
         return ran.loss, torch.stack([y.sum() for x, place in zip(gradients, places) for y in (x, x * place)])
 
@@ -118,7 +116,7 @@ class Comparison:
 
     def _size(self, ran: _Ran) -> float:
         """Of all output gradients together."""
-        return sum(float(captured.output_gradients.double().square().sum()) for captured in ran.captured.values())
+        return sum(float(x.double().square().sum()) for captured in ran.captured.values() for x in captured.gradients)
 
     def _prove_parameters(self, loss: LossFunction, ran: _Ran) -> None:
         study = self.study
@@ -166,9 +164,7 @@ class Comparison:
             return 0.0  # of such numbers, all and nothing
         size = 0.0
         for layer in self.study.layers:
-            captured = ran.captured[layer.name]
-            norms = (captured.activations, captured.output_gradients, layer.module.weight)
-            size = max(size, math.prod(float(x.detach().norm()) for x in norms))
+            size = max(size, ran.captured[layer.name].size() * float(layer.parameters[0].detach().norm()))
         return 10 * self.epsilon * size
 
     def _compare_layers(self, loss: LossFunction, what: str, alone: list[_Ran], together: _Ran) -> None:
@@ -178,7 +174,8 @@ class Comparison:
         for layer in self.study.layers:
             parts = [self._part(layer, ran) for ran in alone]
             both = self._part(layer, together)
-            self._compare_counts(layer, what, parts, both)
+            if layer.is_kronecker:
+                self._compare_counts(layer, what, [ran.captured[layer.name] for ran in (*alone, together)])
             for example, part in enumerate(parts):
                 norm = float(part.gradients.norm())
                 largest = max(largest, norm)
@@ -193,8 +190,11 @@ class Comparison:
                     "that do not come first); leave it out of the tracked layers"
                 )
 
-    def _compare_counts(self, layer: TrackedLayer, what: str, alone: list[_Part], both: _Part) -> None:
-        counts, expected = [part.num_positions for part in alone], both.num_positions
+    def _compare_counts(self, layer: TrackedLayer, what: str, captured: list[Positions]) -> None:
+        """Of each example alone, and of both together."""
+        counted = [x.activations if x.mask is None else x.activations[x.mask] for x in captured]
+        counted = [x.reshape(-1, layer.in_features) for x in counted]
+        *counts, expected = map(len, counted)
         if sum(counts) != expected:
             if expected in counts:
                 cause = "it is applied once for all examples (as relative positions are); leave it out"
@@ -204,8 +204,9 @@ class Comparison:
                 f"layer {layer.name} counts {counts[0]} and {counts[1]} positions of examples {self._named()} alone, "
                 f"and {expected} together ({what}): {cause}"
             )
-        moment = sum(part.second_moment for part in alone)
-        if float((both.second_moment - moment).norm()) > 10 * self.tolerances[0] * float(moment.norm()):
+        *moments, of_both = (x.square().sum(0) for x in counted)
+        moment = sum(moments)
+        if float((of_both - moment).norm()) > 10 * self.tolerances[0] * float(moment.norm()):
             raise UserError(
                 f"the inputs that layer {layer.name} counts for examples {self._named()} are not alone what they are "
                 f"together ({what}): the mask is that of another stream, or the model reads padding; let position_mask "
@@ -214,8 +215,7 @@ class Comparison:
 
     def _part(self, layer: TrackedLayer, ran: _Ran) -> _Part:
         captured, task = ran.captured[layer.name], self.study.task
-        activations, output_gradients = captured.activations, captured.output_gradients
-        gradients = layer.matrix_gradients(activations, output_gradients)
+        gradients = layer.matrix_gradients(captured)
         if task.post_processes:
             gradients = task.post_process_per_sample_gradient(layer.name, gradients)
         expected = (len(ran.batch[EXAMPLE_INDEX]), *layer.shape)
@@ -225,10 +225,7 @@ class Comparison:
                 "each example: rows that make one example together need rows_per_example, or a "
                 "post_process_per_sample_gradient that sums them"
             )
-        size = float(activations.norm()) * float(output_gradients.norm())
-        counted = activations if captured.mask is None else activations[captured.mask]
-        counted = counted.reshape(-1, layer.in_features)
-        return _Part(gradients, size, len(counted), counted.square().sum(0))
+        return _Part(gradients, captured.size())
 
     def _named(self) -> str:
         return " and ".join(map(str, self.pair))

@@ -42,7 +42,7 @@ def left_out(model: nn.Module, layers: Sequence[TrackedLayer]) -> dict[str, int]
     """{kind of layer: parameters} of all that is not tracked, the most first."""
     head = output_head(model)
     of_head = set(map(id, head.parameters())) if head is not None else set()
-    seen = {id(parameter) for layer in layers for parameter in layer.module.parameters(recurse=False)}
+    seen = {id(parameter) for layer in layers for parameter in layer.parameters}
     trackable, counts = set(trackable_layer_names(model)), dict[str, int]()
     is_partly_frozen = _is_partly_frozen(model)
     for name, module in model.named_modules():

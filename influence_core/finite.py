@@ -20,7 +20,7 @@ REMEDY = "look at these examples and at the checkpoint (a diverged training run?
 @dataclass
 class _Noted:
     loss: Tensor  # scalar
-    sums: Tensor  # [2, layers]: of each layer's activations and output gradients; finite if every number is
+    sums: Tensor  # [2, layers]: of each layer's inputs and output gradients; finite if every number is
     layer_names: list[str]  # in the order of the forward pass
     indices: list[int]
     what: str
@@ -37,8 +37,11 @@ class FiniteWatch:
         """Remember a batch, and look at all that are remembered when a bunch is full."""
         # A sum over finite numbers is finite and one over a NaN or an infinity is not, at the price of one read.
         dtype = torch.promote_types(loss.dtype, torch.float32)
-        kinds = [[x.activations for x in captured.values()], [x.output_gradients for x in captured.values()]]
-        sums = torch.stack([torch.stack([x.sum(dtype=dtype) for x in tensors]) for tensors in kinds])
+        kinds = [[x.inputs for x in captured.values()], [x.gradients for x in captured.values()]]
+        sums = torch.stack([
+            torch.stack([sum((x.sum(dtype=dtype) for x in of_layer), loss.new_zeros((), dtype=dtype))
+                         for of_layer in tensors]) for tensors in kinds
+        ])  # fmt: skip
         self.noted.append(_Noted(loss, sums, list(captured), indices, what))
         if len(self.noted) == self.bunch:
             self.look()

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from influence_core.captured import Captured, has_gradient
+from influence_core.captured import Positions, has_gradient
 from influence_core.errors import UserError
 from influence_core.task import EXAMPLE_INDEX, Batch
 
@@ -18,7 +18,7 @@ FEWEST = 2  # positions that make a run of padding
 NEGLIGIBLE = 1e-4  # of the norm of all output gradients
 
 
-def refuse_counted_padding(captured: Mapping[str, Captured], batch: Batch, others: Sequence[Batch] = ()) -> None:
+def refuse_counted_padding(captured: Mapping[str, Positions], batch: Batch, others: Sequence[Batch] = ()) -> None:
     """Raise UserError where a layer counts padding, or leaves out what is none.
 
     Args:
@@ -76,7 +76,7 @@ def _within(x: Tensor) -> Tensor:
     return x[~from_left & ~from_right.flip(1)]
 
 
-def _beyond_another_tensor(batch: Batch, captured: Captured) -> int:
+def _beyond_another_tensor(batch: Batch, captured: Positions) -> int:
     """Counted positions without gradient, where those without begin just where a tensor of the batch ends."""
     counts = []
     for direction, (without_gradient, constant) in enumerate(_runs_at_the_ends(batch, captured.output_gradients)):
@@ -89,7 +89,7 @@ def _beyond_another_tensor(batch: Batch, captured: Captured) -> int:
     return max((count for count in counts if count >= FEWEST), default=0)
 
 
-def _sees_the_same(captured: Captured) -> bool:
+def _sees_the_same(captured: Positions) -> bool:
     """Whether all counted positions without gradient have the same input, as those of padding have.
 
     But for the two at the ends: a decoder's input is shifted by one.

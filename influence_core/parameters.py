@@ -39,7 +39,7 @@ def refuse_other_uses(
 
     def compare(layer: TrackedLayer, parameter: nn.Parameter, size: float) -> None:
         seen = captured[layer.name]
-        ours = layer.parameter_gradient(parameter, seen.activations, seen.output_gradients)
+        ours = layer.parameter_gradient(parameter, seen)
         theirs = torch.zeros_like(ours) if parameter.grad is None else parameter.grad.to(ours.dtype)
         new = (float((ours - theirs).norm()), float(max(ours.norm(), theirs.norm())), 10 * epsilon * size)
         compared[layer.name] = tuple(map(max, compared.get(layer.name, new), new))
@@ -49,11 +49,9 @@ def refuse_other_uses(
     pending, handles = {}, []
     model.requires_grad_(False).eval()
     for layer in layers:
-        seen = captured[layer.name]
-        size = float(seen.activations.norm()) * float(seen.output_gradients.norm())
-        for parameter in layer.module.parameters(recurse=False):
+        for parameter in layer.parameters:
             parameter.grad = None
-            pending[parameter] = (layer, size)
+            pending[parameter] = (layer, captured[layer.name].size())
 
     def arrived(parameter: nn.Parameter) -> None:
         layer, size = pending.pop(parameter)
@@ -83,5 +81,5 @@ def refuse_other_uses(
             raise UserError(
                 f"the gradient of layer {name}'s parameters is not what its calls make (by {difference / norm:.1g} of "
                 "it): they are used elsewhere too (tied by computation, merged with an adapter's), or the layer "
-                "computes something else than its matrix; leave it out of the tracked layers"
+                "computes something else than its kind does; leave it out of the tracked layers"
             )

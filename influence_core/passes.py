@@ -1,9 +1,9 @@
-"""The one forward/backward engine: batch -> {layer: (activations, output gradients)}.
+"""The one forward/backward engine: batch -> {layer: what it saw}.
 
-A forward hook on each tracked layer keeps the layer's input and its output; one torch.autograd.grad of the summed loss
-then gives the gradients of all outputs at once. Parameters are frozen meanwhile, so that no gradient is computed which
-nobody reads: the graph starts at the first tracked layer. Under torch.compile, where intermediate tensors are out of
-reach, a zero `probe` is added to each output instead and the gradients of the probes are taken.
+A forward hook at each site of a tracked layer keeps the module's input and its output; one torch.autograd.grad of the
+summed loss then gives the gradients of all outputs at once. Parameters are frozen meanwhile, so that no gradient is
+computed which nobody reads: the graph starts at the first tracked layer. Under torch.compile, where intermediate
+tensors are out of reach, a zero `probe` is added to each output instead and the gradients of the probes are taken.
 
 A layer that is called several times in one forward pass has its calls laid end to end along the position axis: the
 contraction over positions then adds the calls up within an example, as the chain rule wants.
@@ -13,34 +13,20 @@ gradient could be had at a tensor that is no more what the layer made.
 """
 
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from influence_core.captured import Captured, find_active_positions, has_gradient, lay_out, position_counts
+from influence_core.captured import Calls, Captured, Layout, find_active_positions, position_counts
 from influence_core.errors import UserError
-from influence_core.flops import FlopCount
 from influence_core.layers import TrackedLayer
 from influence_core.precision import Precision
 from influence_core.task import EXAMPLE_INDEX, Batch
 
 LossFunction = Callable[[nn.Module, Batch], Tensor]
 MaskFunction = Callable[[Batch, str], Tensor | None]
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What one batch takes, for the plan."""
-
-    num_bytes: int  # kept between forward and backward, with what is captured
-    fixed_bytes: int  # of these, those that more examples in a batch would not multiply
-    captured_bytes: int  # of all layers' activations and output gradients as operands; shared ones count for each
-    forward_flops: float
-    backward_flops: float
-    positions: dict[str, float]  # rows * positions that each layer sees
-    active_positions: dict[str, float]  # of these, those that have a gradient
 
 
 class GradientPass:
@@ -68,11 +54,12 @@ class GradientPass:
             rounded: layers that emulated bfloat16 rounds; by default those tracked here.
             rows_per_example: the task's, see InfluenceTask; None where it post-processes gradients.
             find_active: look for positions without a gradient in each batch.
-            copied: names of layers that are given copies, found on the way; a set that passes may share.
+            copied: sites that are given copies, found on the way; a set that passes may share.
         """
         self.model, self.layers, self.loss_function, self.position_mask = model, layers, loss_function, position_mask
         self.precision = precision or Precision()
         self.rounded = rounded or layers
+        self.sites = {site: module for layer in layers for site, module in layer.sites.items()}
         self.rows_per_example, self.find_active = rows_per_example, find_active
         self.copied: set[str] = set() if copied is None else copied
         self.step = torch.compile(self._step) if compile else None
@@ -94,14 +81,14 @@ class GradientPass:
                 if tensor.is_floating_point() and tensor.itemsize < 4 and tensor.dtype != self.precision.product_dtype:
                     self._swap(tensor, tensor.data.to(self.precision.product_dtype))
         if self.precision.emulated:
-            for layer in self.rounded:
-                self._swap(layer.module.weight, self.precision.operand(layer.module.weight.data))
-                self.handles.append(layer.module.register_forward_pre_hook(self._round_input, with_kwargs=True))
-        for layer in self.layers:
-            self.handles.append(layer.module.register_forward_hook(self._hook(layer.name), with_kwargs=True))
+            for module in self._products():
+                self._swap(module.weight, self.precision.operand(module.weight.data))
+                self.handles.append(module.register_forward_pre_hook(self._round_input, with_kwargs=True))
+        for site, module in self.sites.items():
+            self.handles.append(module.register_forward_hook(self._hook(site), with_kwargs=True))
         if self.precision.emulated:  # after the hooks above: so that the output's gradient is rounded as well
-            for layer in self.rounded:
-                self.handles.append(layer.module.register_forward_hook(self._round_output))
+            for module in self._products():
+                self.handles.append(module.register_forward_hook(self._round_output))
         return self
 
     def __exit__(self, *exception) -> None:
@@ -133,41 +120,26 @@ class GradientPass:
             else:
                 loss, gradients = self._run_eager(batch)
                 self.probe_shapes[shapes] = {name: [x.shape for x in xs] for name, xs in self.outputs.items()}
-        counts = position_counts([x for calls in self.inputs.values() for x in calls], batch)
-        captured = {layer.name: self._captured(layer, batch, gradients[layer.name], counts) for layer in self.layers}
+        layout = Layout(
+            len(batch[EXAMPLE_INDEX]),
+            self.rows_per_example,
+            position_counts([x for calls in self.inputs.values() for x in calls], batch),
+            partial(self.position_mask, batch),
+            self.precision.operand,
+        )
+        captured = {layer.name: layer.capture(self._calls(layer, gradients), layout) for layer in self.layers}
         self.forget()
         if self.find_active:
-            find_active_positions(list(captured.values()))
+            find_active_positions(captured.values())
         return loss.detach(), captured
 
-    def probe(self, batch: Batch) -> "Probe":
-        """Run one batch and count what it takes."""
-        # Kept alive until they are counted: an address that is freed and taken again would hide one of the two.
-        storages: dict[int, torch.UntypedStorage] = {}
-        constants = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
+    def _calls(self, layer: TrackedLayer, gradients: dict[str, list[Tensor]]) -> dict[str, Calls]:
+        """Of each site of the layer that was called; forgotten here."""
+        return {site: Calls(self.inputs.pop(site), gradients.pop(site)) for site in layer.sites if site in gradients}
 
-        def note(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in constants:
-                storages[storage.data_ptr()] = storage
-            return tensor
-
-        with FlopCount() as counter, torch.enable_grad():
-            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-                loss = self._forward(batch)
-            forward_flops = counter.total
-            kept = [x for calls in (*self.inputs.values(), *self.outputs.values()) for x in calls]
-            gradients = self._gradients(loss, self.outputs)
-        for tensor in [*kept, *(x for calls in gradients.values() for x in calls)]:
-            note(tensor)
-        num_bytes = sum(storage.nbytes() for storage in storages.values())
-        positions = {name: sum(x[..., 0].numel() for x in calls) for name, calls in self.inputs.items()}
-        self.forget()
-        active = {name: sum(float(has_gradient(x).sum()) for x in calls) for name, calls in gradients.items()}
-        numbers = sum(positions[layer.name] * (layer.in_features + layer.out_features) for layer in self.layers)
-        captured_bytes = numbers * self.precision.product_dtype.itemsize
-        backward_flops = counter.total - forward_flops
-        return Probe(num_bytes, 0, captured_bytes, forward_flops, backward_flops, positions, active)
+    def _products(self) -> Iterator[nn.Module]:
+        """What emulated bfloat16 rounds."""
+        return (module for layer in self.rounded if layer.is_product for module in layer.sites.values())
 
     def forget(self) -> None:
         """Let go of what a forward pass left behind."""
@@ -206,18 +178,18 @@ class GradientPass:
         return keep
 
     def _run_eager(self, batch: Batch) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        loss = self._forward(batch)
-        return loss, self._gradients(loss, self.outputs)
+        loss = self.forward(batch)
+        return loss, self.gradients(loss, self.outputs)
 
-    def _forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         """The loss; again, with copies, where the model changed what a layer saw or made in place."""
         try:
             loss = self._forward_once(batch)
         except RuntimeError as error:
-            if "in-place" not in str(error) or self.copied.issuperset(layer.name for layer in self.layers):
+            if "in-place" not in str(error) or self.copied.issuperset(self.sites):
                 raise
             known = set(self.copied)
-            self.copied.update(layer.name for layer in self.layers)  # what is changed is not known before the pass ends
+            self.copied.update(self.sites)  # what is changed is not known before the pass ends
             loss = self._forward_once(batch)
             self.copied.intersection_update(known | self._changed_in_place())
             return loss
@@ -227,14 +199,14 @@ class GradientPass:
         return loss
 
     def _changed_in_place(self) -> set[str]:
-        """Layers whose input or output is no more what it was when the layer was called."""
+        """Sites whose input or output is no more what it was when the module was called."""
         return {name for name, tensor, version in self.versions if tensor._version != version}
 
     def _forward_once(self, batch: Batch) -> Tensor:
         self.forget()
         with self.precision.autocast(next(self.model.parameters()).device):
             loss = self.loss_function(self.model, batch)
-        uncalled = [layer.name for layer in self.layers if layer.name not in self.outputs]
+        uncalled = [layer.name for layer in self.layers if not self.outputs.keys() & layer.sites.keys()]
         if uncalled:
             raise UserError(
                 f"tracked layers that the forward pass did not call: {', '.join(uncalled)}; leave them out of the "
@@ -260,7 +232,7 @@ class GradientPass:
         }
         with torch._dynamo.config.patch(recompile_limit=64):  # by the shapes of batches
             loss, self.inputs = self.step(batch, probes)
-        return loss, self._gradients(loss, probes)
+        return loss, self.gradients(loss, probes)
 
     def _step(self, batch: Batch, probes: dict) -> tuple[Tensor, dict[str, list[Tensor]]]:
         self.inputs, self.outputs, self.probes = {}, {}, probes
@@ -268,8 +240,8 @@ class GradientPass:
             loss = self.loss_function(self.model, batch)
         return loss, self.inputs
 
-    def _gradients(self, loss: Tensor, sources: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
-        calls = {layer.name: list(sources[layer.name]) for layer in self.layers}
+    def gradients(self, loss: Tensor, sources: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+        calls = {site: list(sources[site]) for site in self.sites if site in sources}
         flat = [tensor for each in calls.values() for tensor in each]
         self.is_forward = False
         try:
@@ -283,17 +255,4 @@ class GradientPass:
             ) from None
         finally:
             self.is_forward = True
-        return {name: [next(gradients) for _ in each] for name, each in calls.items()}
-
-    def _captured(self, layer: TrackedLayer, batch: Batch, gradients: list[Tensor], counts: set[int]) -> Captured:
-        """Give every layer rows and a position axis, and check that everything fits."""
-        operand = self.precision.operand
-        return lay_out(
-            layer.name,
-            [operand(x) for x in self.inputs.pop(layer.name)],
-            [operand(x) for x in gradients],
-            self.position_mask(batch, layer.name),
-            len(batch[EXAMPLE_INDEX]),
-            self.rows_per_example,
-            counts,
-        )
+        return {site: [next(gradients) for _ in each] for site, each in calls.items()}

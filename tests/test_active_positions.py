@@ -8,6 +8,7 @@ from influence_core.factors.covariance import CovarianceSums
 from influence_core.factors.lambdas import LambdaSums
 from influence_core.layers import find_tracked_layers
 from influence_core.passes import GradientPass
+from influence_core.probing import probe
 from influence_core.task import EXAMPLE_INDEX
 from tests.test_exactness import FLOAT64
 from tests.test_passes import Chain
@@ -33,8 +34,8 @@ def run(read):
     batch = {"x": torch.randn(ROWS, POSITIONS, 3, dtype=torch.float64), EXAMPLE_INDEX: torch.arange(ROWS)}
     with GradientPass(model, layers, lambda m, b: m(b["x"])[read].square().sum(), precision=FLOAT64) as engine:
         _, captured = engine(batch)
-        probe = engine.probe(batch)
-    assert probe.active_positions == dict.fromkeys(("first", "second"), int(read.sum()))
+        counted = probe(engine, batch)
+    assert counted.active_positions == dict.fromkeys(("first", "second"), int(read.sum()))
     return layers, captured
 
 
@@ -47,14 +48,10 @@ def test_only_positions_with_a_gradient_are_kept(read, most):
             assert captured.active is None
         else:
             assert torch.equal(captured.active, read)
-        activations, output_gradients = captured.at_active_positions()
-        assert activations.shape[1] == output_gradients.shape[1] == (most or POSITIONS)
-        torch.testing.assert_close(
-            layer.matrix_gradients(activations, output_gradients),
-            layer.matrix_gradients(captured.activations, captured.output_gradients),
-            rtol=1e-12,
-            atol=1e-14,
-        )
+        compact = captured.compact()
+        assert compact.activations.shape[1] == compact.output_gradients.shape[1] == (most or POSITIONS)
+        ours, of_all = map(layer.matrix_gradients, (compact, captured))
+        torch.testing.assert_close(ours, of_all, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from influence_core import analysis
-from influence_core.captured import Captured
+from influence_core.captured import Positions
 from influence_core.factors.kept import KeptCaptures
 from influence_core.factors.lambdas import LambdaSums
 from influence_core.runtime import Runtime
@@ -52,7 +52,7 @@ def test_kept_batches_are_not_run_again_and_change_nothing(kept_bytes, some, tmp
 
 
 def captured(*shapes):
-    return {f"{number}": Captured(torch.zeros(shape), torch.zeros(shape), None) for number, shape in enumerate(shapes)}
+    return {f"{number}": Positions(torch.zeros(shape), torch.zeros(shape)) for number, shape in enumerate(shapes)}
 
 
 def test_only_the_first_batches_that_fit_are_kept():
@@ -69,7 +69,7 @@ def test_a_tensor_that_layers_share_counts_once():
     shared = torch.zeros(1, 10, 2)
     gradients = [torch.zeros(1, 10, 1) for _ in range(3)]
     kept = KeptCaptures(budget=(20 + 3 * 10) * 4)
-    kept.offer([0], {str(number): Captured(shared, gradient, None) for number, gradient in enumerate(gradients)})
+    kept.offer([0], {str(number): Positions(shared, gradient) for number, gradient in enumerate(gradients)})
     assert kept.num_examples == 1
 
 

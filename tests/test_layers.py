@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from influence_core.captured import Positions
 from influence_core.errors import UserError
 from influence_core.layers import find_tracked_layers, trackable_layer_names
 from tests.tiny import TinyModel
@@ -69,8 +70,9 @@ def test_gradients_fill_a_given_buffer(name):
     buffer = layer.empty_parts(activations, 3)
     for part in buffer:
         part.fill_(float("nan"))
-    layer.gradient_parts(activations, gradients, out=buffer)
-    for part, anew in zip(buffer, layer.gradient_parts(activations, gradients), strict=True):
+    captured = Positions(activations, gradients)
+    layer.gradient_parts(captured, out=buffer)
+    for part, anew in zip(buffer, layer.gradient_parts(captured), strict=True):
         assert torch.equal(part, anew)
 
 

@@ -8,6 +8,7 @@ from influence_core.errors import UserError
 from influence_core.layers import find_tracked_layers
 from influence_core.passes import GradientPass
 from influence_core.precision import Precision
+from influence_core.probing import probe
 from influence_core.task import EXAMPLE_INDEX
 from tests.studies import STRATEGIES, make_study, score, score_tiny
 from tests.test_exactness import FLOAT64, relative_error
@@ -158,7 +159,7 @@ def test_captured_gradients_are_those_of_autograd():
         if layer.has_bias:
             torch.testing.assert_close(c.output_gradients.sum((0, 1)), layer.module.bias.grad)
             weight = torch.cat([weight, layer.module.bias.grad[:, None]], dim=1)
-        per_sample = layer.matrix_gradients(c.activations, c.output_gradients)
+        per_sample = layer.matrix_gradients(c)
         torch.testing.assert_close(per_sample.sum(0), weight)
         assert torch.equal(c.mask, task.position_mask(batch, layer.name))
 
@@ -269,10 +270,10 @@ def test_an_output_that_another_module_hands_on_is_measured(names, after):
     names = [name.replace("first", "first.0") for name in names]
     batch = {"x": torch.ones(2, 5, 3), EXAMPLE_INDEX: torch.arange(2)}
     with GradientPass(model, find_tracked_layers(model, names), square_loss) as run:
-        probe = run.probe(batch)
+        counted = probe(run, batch)
         _, captured = run(batch)
-    assert probe.positions == dict.fromkeys(names, 10)
-    assert probe.forward_flops == 2 * 10 * (3 * 4 + 4 * 4)
+    assert counted.positions == dict.fromkeys(names, 10)
+    assert counted.forward_flops == 2 * 10 * (3 * 4 + 4 * 4)
     assert all(captured[name].output_gradients.any() for name in names)
 
 

@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from influence_core.analysis import analyze, probe_example
 from influence_core.errors import UserError
 from influence_core.layers import find_tracked_layers
-from influence_core.passes import Probe
 from influence_core.precision import Precision
+from influence_core.probing import Probe
 from influence_core.runtime import Runtime
 from influence_core.scores.batch_sizes import fit_batch_sizes
 from influence_core.scores.pairwise import _PairwiseJob, compute_pairwise_scores
@@ -39,6 +39,7 @@ def work(**changes):
     sizes = {"num_train": NUM_TRAIN, "num_queries": NUM_QUERIES, "num_strategies": 1}
     sizes |= {"train_batch_size": 2, "query_batch_size": 2, "factor_batch_size": 2}
     needs = {"operand_bytes": 4, "product_bytes": 4, "num_in_eigenbasis": 1, "num_with_lambda": 1}
+    needs["num_preconditioned"] = 1
     return Work(**(sizes | needs | {"train": probe, "query": probe} | changes))
 
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from influence_core.captured import Captured
+from influence_core.captured import Positions
 from influence_core.factors import eigenbasis, lambdas
 from influence_core.factors.strategies import STRATEGIES as STRATEGY_OF
 from influence_core.factors.strategies import Preconditioner
-from influence_core.layers import TrackedLayer
+from influence_core.layers.matrix import MatrixLayer
 from influence_core.precision import Precision
 from tests import reference
 from tests.studies import STRATEGIES, ekfac_fisher, make_study, score, score_tiny
@@ -132,7 +132,7 @@ def test_rotating_positions_and_rotating_the_gradient_give_the_same(tmp_path, mo
 
 def test_strategies_with_the_same_eigenvectors_share_the_rotation():
     """KFAC and EKFAC together: one rotation, two ways back, by torch's count; and each as if it were alone."""
-    layer = TrackedLayer("layer", torch.nn.Identity(), 16, 8, has_bias=False)
+    layer = MatrixLayer("layer", 16, 8, has_bias=False, module=torch.nn.Identity())
     generator = torch.Generator().manual_seed(0)
 
     def random(*sizes):
@@ -141,21 +141,21 @@ def test_strategies_with_the_same_eigenvectors_share_the_rotation():
     factors = {"activation_eigenvectors": random(16, 16), "gradient_eigenvectors": random(8, 8)}
     factors |= {"activation_eigenvalues": random(16), "gradient_eigenvalues": random(8), "lambda_matrix": random(8, 16)}
     pair = [(STRATEGY_OF[name], factors) for name in ("kfac", "ekfac")]
-    positions = random(3, 50, 16), random(3, 50, 8)
+    positions = Positions(random(3, 50, 16), random(3, 50, 8))
     both = Preconditioner(layer, pair, 0.1, torch.float32)
     with FlopCounterMode(display=False) as counter:
-        together = list(both.of_positions(*positions))
+        together = list(both.of_captured(positions))
     rotation = 2 * 8 * 16 * (8 + 16)
     assert counter.get_total_flops() == 3 * (2 * 50 * 8 * 16 + 3 * rotation)
     for (strategy, _), result in zip(pair, together):
-        (alone,) = Preconditioner(layer, [(strategy, factors)], 0.1, torch.float32).of_positions(*positions)
+        (alone,) = Preconditioner(layer, [(strategy, factors)], 0.1, torch.float32).of_captured(positions)
         assert torch.equal(alone, result)
 
 
 @pytest.mark.parametrize("num_positions, out, inputs", [(1, 16, 16), (6, 16, 32), (24, 16, 64), (40, 16, 32)])
 def test_the_cheaper_rotation_is_chosen(monkeypatch, num_positions, out, inputs):
     """The rule against FLOPs that torch counts for the two ways (sizes that need no padding, no bias)."""
-    layer = TrackedLayer("layer", torch.nn.Identity(), inputs, out, has_bias=False)
+    layer = MatrixLayer("layer", inputs, out, has_bias=False, module=torch.nn.Identity())
     generator = torch.Generator().manual_seed(0)
     eigenvectors = [{"layer": torch.randn(size, size, generator=generator)} for size in (inputs, out)]
     activations, gradients = (torch.randn(3, num_positions, size, generator=generator) for size in (inputs, out))
@@ -165,7 +165,7 @@ def test_the_cheaper_rotation_is_chosen(monkeypatch, num_positions, out, inputs)
         monkeypatch.setattr(eigenbasis, "rotation_is_cheaper_on_positions", lambda *_, answer=on_positions: answer)
         sums = lambdas.LambdaSums([layer], Precision(), torch.device("cpu"), *eigenvectors)
         with FlopCounterMode(display=False) as counter:
-            sums.update(layer, Captured(activations, gradients, None))
+            sums.update(layer, Positions(activations, gradients))
         flops[on_positions] = counter.get_total_flops()
     assert flops[choice] < flops[not choice]
 

@@ -54,13 +54,15 @@ class CovarianceSums:
     def __init__(self, layers: list[TrackedLayer], precision: Precision, device: torch.device):
         self.precision = precision
         self.tensors: Tensors = {}
-        for layer in layers:
+        for layer in (layer for layer in layers if layer.is_kronecker):
             for kind, size in (("activation", layer.shape[1]), ("gradient", layer.shape[0])):
                 self.tensors[f"{kind}.{layer.name}"] = torch.zeros(size, size, dtype=precision.sum_dtype, device=device)
             self.tensors[f"num_positions.{layer.name}"] = torch.zeros((), dtype=torch.int64, device=device)
 
     def update(self, layer: TrackedLayer, captured: Captured) -> None:
         """Add one batch of one layer; positions that the mask excludes count for nothing."""
+        if not layer.is_kronecker:
+            return
         activations, output_gradients = captured.activations, captured.output_gradients
         mask, active = captured.mask, captured.active
         if active is not None and mask is not None:
@@ -78,6 +80,7 @@ class CovarianceSums:
 
     def means(self, layers: list[TrackedLayer]) -> tuple[dict[str, Tensors], dict[str, int]]:
         """({"activation_covariance": {layer: [in(+1), in(+1)]}, "gradient_covariance": …}, num_positions by layer)."""
+        layers = [layer for layer in layers if layer.is_kronecker]
         counts = {layer.name: int(self.tensors[f"num_positions.{layer.name}"]) for layer in layers}
         files = {
             f"{kind}_covariance": {

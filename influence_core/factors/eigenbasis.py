@@ -9,6 +9,7 @@ Source: George et al. 2018, arXiv:1806.03884, eq. 13.
 import torch
 from torch import Tensor
 
+from influence_core.captured import Positions
 from influence_core.layers import TrackedLayer
 from influence_core.precision import Precision
 
@@ -39,16 +40,11 @@ class Eigenbasis:
         """Columns of zeros that a rotated gradient has beside its own."""
         return len(self.activation) - self.layer.shape[1]
 
-    def rotated_gradients(self, activations: Tensor, output_gradients: Tensor) -> Tensor:
-        """Q_G^T g Q_A of per-sample gradients.
-
-        Args:
-            activations: [n, t, in]; output_gradients: [n, t, out]; both as operands of products.
-        Returns:
-            [n, out, in(+1 and padding)] in sum_dtype.
-        """
+    def rotated_gradients(self, captured: Positions) -> Tensor:
+        """Q_G^T g Q_A of per-sample gradients, [n, out, in(+1 and padding)] in sum_dtype."""
+        activations, output_gradients = captured.activations, captured.output_gradients
         if not rotation_is_cheaper_on_positions(activations.shape[1], *self.layer.shape):
-            return self.rotate(self.layer.matrix_gradients(activations, output_gradients))
+            return self.rotate(self.layer.matrix_gradients(captured))
         operand, i = self.precision.operand, self.layer.in_features
         rotated_activations = activations @ self.activation[:i]
         if self.layer.has_bias:  # the bias's one meets the last row of the eigenvectors

@@ -12,7 +12,7 @@ from influence_core.factors.covariance import CovarianceSums
 from influence_core.factors.eigendecomposition import WIDE, eigendecomposition
 from influence_core.factors.kept import KeptCaptures
 from influence_core.factors.lambdas import LambdaSums
-from influence_core.factors.strategies import STRATEGIES, find_strategy
+from influence_core.factors.strategies import STRATEGIES, Strategy, find_strategy
 from influence_core.finite import listed, not_finite, require_finite
 from influence_core.layers import TrackedLayer
 from influence_core.storage import StageStore, Tensors
@@ -47,7 +47,7 @@ def fit_factors(
         others = (other for other in STRATEGIES.values() if other.in_eigenbasis and other is not strategy)
         return [study.factor_store(study.result_name(other.name), stage, **settings) for other in others]
 
-    if strategy.in_eigenbasis:
+    if any(strategy.of(layer).in_eigenbasis for layer in study.layers):
         stores["covariance"] = study.factor_store(name, "covariance")
         with study.stage(stores["covariance"], twins("covariance")) as todo:
             if todo:
@@ -57,19 +57,20 @@ def fit_factors(
         with study.stage(stores["eigendecomposition"], twins("eigendecomposition", **made_from)) as todo:
             if todo:
                 _perform_eigendecomposition(study, stores["eigendecomposition"], stores["covariance"])
-    if strategy.needs_lambda:
-        basis = stores["eigendecomposition"].checksum() if strategy.in_eigenbasis else "identity"
+    if any(strategy.of(layer).needs_lambda for layer in study.layers):
+        basis = stores["eigendecomposition"].checksum() if "eigendecomposition" in stores else "identity"
         stores["lambda"] = study.factor_store(name, "lambda", basis=basis)
         with study.stage(stores["lambda"]) as todo:
             if todo:
-                _fit_lambda(study, stores["lambda"], stores.get("eigendecomposition"), batch_size, kept)
+                _fit_lambda(study, strategy, stores["lambda"], stores.get("eigendecomposition"), batch_size, kept)
     return stores
 
 
 def refuse_foreign_factors(study: Study, strategy_name: str) -> None:
     """Raise UserError if stored factors were made with other settings, as far as is known before any is fitted."""
-    strategy = find_strategy(strategy_name)
-    stages = ["covariance", "eigendecomposition"] * strategy.in_eigenbasis + ["lambda"] * strategy.needs_lambda
+    at_layers = [find_strategy(strategy_name).of(layer) for layer in study.layers]
+    stages = ["covariance", "eigendecomposition"] * any(each.in_eigenbasis for each in at_layers)
+    stages += ["lambda"] * any(each.needs_lambda for each in at_layers)
     for stage in stages:
         study.factor_store(study.result_name(strategy_name), stage).manifest()
 
@@ -92,8 +93,9 @@ def _perform_eigendecomposition(study: Study, store: StageStore, covariance_stor
         files = {
             f"{kind}_{part}": {} for kind in ("activation", "gradient") for part in ("eigenvalues", "eigenvectors")
         }
-        sizes = {("activation", layer.name): layer.shape[1] for layer in study.layers}
-        sizes |= {("gradient", layer.name): layer.shape[0] for layer in study.layers}
+        layers = [layer for layer in study.layers if layer.is_kronecker]
+        sizes = {("activation", layer.name): layer.shape[1] for layer in layers}
+        sizes |= {("gradient", layer.name): layer.shape[0] for layer in layers}
         # The largest first, dealt out to the processes in turn, so that all finish at about the same time.
         jobs = sorted(sizes, key=lambda job: -sizes[job])
         partition = {"rank": runtime.rank, "world_size": runtime.world_size}
@@ -140,6 +142,7 @@ def _named(part: str, job: tuple[str, str]) -> str:
 
 def _fit_lambda(
     study: Study,
+    strategy: Strategy,
     store: StageStore,
     eigendecomposition_store: StageStore | None,
     batch_size: int,
@@ -154,8 +157,9 @@ def _fit_lambda(
         )
     with study.profiler("Fit Lambda"):
         post_process = study.task.post_process_per_sample_gradient if study.task.post_processes else None
+        layers = [layer for layer in study.layers if strategy.of(layer).needs_lambda]
         sums = LambdaSums(
-            study.layers,
+            layers,
             study.runtime.precision,
             study.runtime.device,
             activation_eigenvectors,
@@ -163,7 +167,7 @@ def _fit_lambda(
             post_process,
         )
         _accumulate(study, store, sums, batch_size, "Fit Lambda", given=kept)
-        files = sums.means(study.layers, len(study.train_dataset))
+        files = sums.means(layers, len(study.train_dataset))
     with study.profiler("Save Lambda"):
         if study.runtime.is_main:
             store.save(files, {"num_examples": len(study.train_dataset)})

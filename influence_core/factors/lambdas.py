@@ -34,7 +34,7 @@ class LambdaSums:
     `tensors` is all of its state: "lambda.<layer>".
 
     Args:
-        activation_eigenvectors, gradient_eigenvectors: by layer, one a column; None for the plain basis.
+        activation_eigenvectors, gradient_eigenvectors: by layer, one a column; in the plain basis where there are none.
         post_process: the task's, where it has one.
     """
 
@@ -52,36 +52,33 @@ class LambdaSums:
             f"lambda.{layer.name}": torch.zeros(layer.shape, dtype=precision.sum_dtype, device=device)
             for layer in layers
         }
-        self.bases: dict[str, Eigenbasis] | None = None
-        if activation_eigenvectors is not None:
-            self.bases = {
-                layer.name: Eigenbasis(
-                    layer,
-                    activation_eigenvectors[layer.name].to(device),
-                    gradient_eigenvectors[layer.name].to(device),
-                    precision,
-                )
-                for layer in layers
-            }
+        self.bases = {
+            layer.name: Eigenbasis(
+                layer,
+                activation_eigenvectors[layer.name].to(device),
+                gradient_eigenvectors[layer.name].to(device),
+                precision,
+            )
+            for layer in layers
+            if layer.name in (activation_eigenvectors or {})
+        }
 
     def update(self, layer: TrackedLayer, captured: Captured) -> None:
         """Add one batch of one layer. All positions that have a gradient enter: it is a sum over every one."""
-        total = self.tensors[f"lambda.{layer.name}"]
-        basis = None if self.bases is None else self.bases[layer.name]
-        activations, output_gradients = captured.at_active_positions()
+        if f"lambda.{layer.name}" not in self.tensors:
+            return
+        total, basis = self.tensors[f"lambda.{layer.name}"], self.bases.get(layer.name)
+        captured = captured.compact()
         if self.post_process is not None:
             # The task may combine rows as it likes, so it gets them all, and whole gradients.
-            gradients = self.post_process(layer.name, layer.matrix_gradients(activations, output_gradients))
+            gradients = self.post_process(layer.name, layer.matrix_gradients(captured))
             self._add_squares(total, gradients.to(total.dtype) if basis is None else basis.rotate(gradients))
             return
         chunk = lambda_chunk(layer, self.precision.sum_dtype.itemsize, total.device.type)
-        for start in range(0, len(activations), chunk):
-            positions = activations[start : start + chunk], output_gradients[start : start + chunk]
-            if basis is None:
-                gradients = layer.matrix_gradients(*positions).to(total.dtype)
-            else:
-                gradients = basis.rotated_gradients(*positions)
-            self._add_squares(total, gradients)
+        for start in range(0, len(captured), chunk):
+            some = captured[start : start + chunk]
+            gradients = layer.matrix_gradients(some) if basis is None else basis.rotated_gradients(some)
+            self._add_squares(total, gradients.to(total.dtype))
 
     @staticmethod
     def _add_squares(total: Tensor, gradients: Tensor) -> None:
@@ -89,4 +86,5 @@ class LambdaSums:
 
     def means(self, layers: list[TrackedLayer], num_examples: int) -> dict[str, Tensors]:
         """{"lambda_matrix": {layer: [out, in(+1)]}}"""
+        layers = [layer for layer in layers if f"lambda.{layer.name}" in self.tensors]
         return {"lambda_matrix": {layer.name: self.tensors[f"lambda.{layer.name}"] / num_examples for layer in layers}}

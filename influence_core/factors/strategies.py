@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from influence_core.captured import Captured
 from influence_core.errors import UserError
 from influence_core.factors.eigenbasis import Eigenbasis
 from influence_core.layers import TrackedLayer
@@ -83,11 +84,15 @@ def damped_inverse(layer: TrackedLayer, eigenvalues: Tensor, damping: Damping, i
 
 @dataclass(frozen=True)
 class Strategy:
-    """What a strategy needs to be fitted."""
+    """What a strategy needs to be fitted, at a layer whose Fisher factors into covariances."""
 
     name: str
     in_eigenbasis: bool
     needs_lambda: bool
+
+    def of(self, layer: TrackedLayer) -> "Strategy":
+        """Itself, or the diagonal one in its place at a layer of no such factors."""
+        return self if layer.is_kronecker or not self.in_eigenbasis else STRATEGIES["diagonal"]
 
 
 STRATEGIES = {
@@ -135,7 +140,7 @@ class Preconditioner:
         self.inverses: list[Tensor | None] = []
         self.bases: list[Eigenbasis | None] = []
         made: dict[int, Eigenbasis] = {}
-        for strategy, factors in strategies:
+        for strategy, factors in ((strategy.of(layer), factors) for strategy, factors in strategies):
             basis, eigenvalues = None, factors.get("lambda_matrix")
             if strategy.in_eigenbasis:
                 vectors = factors["activation_eigenvectors"], factors["gradient_eigenvectors"]
@@ -152,22 +157,19 @@ class Preconditioner:
             self.bases.append(basis)
             self.inverses.append(inverse)
 
-    def of_positions(self, activations: Tensor, output_gradients: Tensor) -> Iterator[Tensor]:
+    def of_captured(self, captured: Captured) -> Iterator[Tensor]:
         """(F + damping)^-1 g for each strategy in turn, of the per-sample gradients g.
 
-        Args:
-            activations: [n, t, in]; output_gradients: [n, t, out].
         Returns:
             [n, out, in(+1)] for each strategy; the caller may not change them in place.
         """
-        activations, output_gradients = activations.to(self.dtype), output_gradients.to(self.dtype)
+        captured = captured.to(self.dtype)
         return self._apply(
-            lambda: self.layer.matrix_gradients(activations, output_gradients),
-            lambda basis: basis.rotated_gradients(activations, output_gradients),
+            lambda: self.layer.matrix_gradients(captured), lambda basis: basis.rotated_gradients(captured)
         )
 
     def of_gradients(self, gradients: Tensor) -> Iterator[Tensor]:
-        """As `of_positions`, of gradients [n, out, in(+1)] that are at hand."""
+        """As `of_captured`, of gradients [n, out, in(+1)] that are at hand."""
         gradients = gradients.to(self.dtype)
         return self._apply(lambda: gradients, lambda basis: basis.rotate(gradients))
 

@@ -28,22 +28,20 @@ class PerSampleGradients:
         operand, task, first = self.precision.operand, self.task, 0
         if task.post_processes:
             for captured in batches:
-                gradients = layer.matrix_gradients(*captured.at_active_positions())
+                gradients = layer.matrix_gradients(captured.compact())
                 gradients = layer.to_parts(task.post_process_per_sample_gradient(layer.name, gradients))
                 yield slice(first, first + len(gradients[0])), tuple(map(operand, gradients))
                 first += len(gradients[0])
             return
         chunk = gradient_chunk(layer, self.precision.product_dtype.itemsize)
-        num_left = sum(len(captured.activations) for captured in batches)
-        num_made, gradients = 0, self._buffer(layer, batches[0].activations, min(chunk, num_left))
-        for captured in batches:
-            activations, output_gradients = captured.at_active_positions()
-            while len(activations):
-                rows = slice(0, len(gradients[0]) - num_made)  # as many as the buffer still takes
-                out = tuple(part[num_made : num_made + len(activations)] for part in gradients)
-                layer.gradient_parts(activations[rows], output_gradients[rows], out)
-                num_made += len(out[0])
-                activations, output_gradients = activations[len(out[0]) :], output_gradients[len(out[0]) :]
+        num_left = sum(map(len, batches))
+        num_made, gradients = 0, self._buffer(layer, batches[0].tensors[0], min(chunk, num_left))
+        for captured in (each.compact() for each in batches):
+            done = 0
+            while done < len(captured):
+                some = captured[done : done + len(gradients[0]) - num_made]  # as many as the buffer still takes
+                layer.gradient_parts(some, tuple(part[num_made : num_made + len(some)] for part in gradients))
+                num_made, done = num_made + len(some), done + len(some)
                 if num_made == len(gradients[0]):
                     yield slice(first, first + num_made), tuple(map(operand, gradients))
                     first, num_left, num_made = first + num_made, num_left - num_made, 0

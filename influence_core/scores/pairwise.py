@@ -186,7 +186,10 @@ class _PairwiseJob:
             layer.name: Preconditioner(
                 layer,
                 [
-                    (strategy, {kind: by_layer[layer.name] for kind, by_layer in factors.items()})
+                    (
+                        strategy,
+                        {kind: by_layer[layer.name] for kind, by_layer in factors.items() if layer.name in by_layer},
+                    )
                     for strategy, factors in zip(strategies, kinds)
                 ],
                 self.damping,
@@ -284,7 +287,7 @@ class _PairwiseJob:
             for rows, gradients in self.gradients.parts(layer, [captured]):
                 yield rows, preconditioner.of_gradients(layer.to_matrix(gradients))
             return
-        activations, output_gradients = captured.at_active_positions()
+        captured = captured.compact()
         dtype, device = self.runtime.precision.sum_dtype, self.runtime.device
-        for rows in slices(len(activations), preconditioning_chunk(layer, dtype.itemsize, device.type)):
-            yield rows, preconditioner.of_positions(activations[rows], output_gradients[rows])
+        for rows in slices(len(captured), preconditioning_chunk(layer, dtype.itemsize, device.type)):
+            yield rows, preconditioner.of_captured(captured[rows])

@@ -14,7 +14,7 @@ from influence_core.factors.eigendecomposition import WIDE
 from influence_core.factors.lambdas import lambda_chunk
 from influence_core.layers import TrackedLayer
 from influence_core.losses import CHUNK_BYTES
-from influence_core.passes import Probe
+from influence_core.probing import Probe
 from influence_core.units import gigabytes
 
 GRADIENT_BUFFER_BYTES = 512 << 20  # at most, of the per-sample gradients of a layer made at once
@@ -40,6 +40,7 @@ class Work:
     product_bytes: int  # of a number as it enters a product (more than stored where bfloat16 is emulated)
     num_in_eigenbasis: int  # strategies
     num_with_lambda: int
+    num_preconditioned: int  # those that are either or both: all but the identity
     sum_bytes: int = 4
     device_type: str = "cpu"
     num_processes: int = 1  # that share the training examples
@@ -49,6 +50,10 @@ class Work:
     def num_rows(self) -> int:
         """Preconditioned gradients: one for each query and strategy."""
         return self.num_queries * self.num_strategies
+
+    def num_lambdas(self, layer: TrackedLayer) -> int:
+        """Strategies that need one at a layer."""
+        return self.num_with_lambda if layer.is_kronecker else self.num_preconditioned
 
 
 @dataclass(frozen=True)
@@ -199,28 +204,36 @@ def _peaks(group: list[TrackedLayer], work: Work, tile_size: int, scored_at_once
 
 def factor_bytes(layers: list[TrackedLayer], work: Work, preconditioners: bool = False) -> int:
     """Bytes of all strategies' factors: those that are stored, or what the preconditioners hold."""
-    squares = sum(size * size for layer in layers for size in layer.shape)
-    parameters = sum(layer.num_parameters for layer in layers)
+    squares = _squares(layers)
     matrices = squares * (bool(work.num_in_eigenbasis) if preconditioners else 2 * work.num_in_eigenbasis)
-    vectors = parameters * (work.num_strategies if preconditioners else work.num_with_lambda)
+    vectors = sum(
+        layer.num_parameters * (work.num_strategies if preconditioners else work.num_lambdas(layer)) for layer in layers
+    )
     return (matrices + vectors) * work.sum_bytes
+
+
+def _squares(layers: list[TrackedLayer]) -> int:
+    """Numbers in the covariances of all layers that have them."""
+    return sum(size * size for layer in layers if layer.is_kronecker for size in layer.shape)
 
 
 def fit_peaks(layers: list[TrackedLayer], work: Work) -> dict[str, int]:
     """Bytes beyond what is in use, of the factor stages."""
     peaks = {}
-    squares = sum(size * size for layer in layers for size in layer.shape) * work.sum_bytes
+    squares = _squares(layers) * work.sum_bytes
+    kronecker = [layer for layer in layers if layer.is_kronecker]
     batch = work.factor_batch_size * work.train.num_bytes + work.train.fixed_bytes + 3 * CHUNK_BYTES[work.device_type]
-    if work.num_in_eigenbasis:
+    if work.num_in_eigenbasis and kronecker:
         peaks["covariance"] = squares + batch
-        widths = [size for layer in layers for size in layer.shape]
+        widths = [size for layer in kronecker for size in layer.shape]
         at_once = [size**2 * (1 if size >= WIDE else work.num_workers) for size in widths]
         peaks["eigendecomposition"] = squares + 5 * 8 * max(at_once)
-    if work.num_with_lambda:
-        lambda_matrices = sum(layer.num_parameters for layer in layers) * work.sum_bytes
+    with_lambda = [layer for layer in layers if work.num_lambdas(layer)]
+    if with_lambda:
+        lambda_matrices = sum(layer.num_parameters for layer in with_lambda) * work.sum_bytes
         buffer = work.sum_bytes * max(
             min(work.factor_batch_size, lambda_chunk(layer, work.sum_bytes, work.device_type)) * layer.num_parameters
-            for layer in layers
+            for layer in with_lambda
         )
         peaks["lambda"] = squares * bool(work.num_in_eigenbasis) + lambda_matrices + batch + 2 * buffer
     return peaks
@@ -230,19 +243,20 @@ def fit_flops(layers: list[TrackedLayer], work: Work) -> dict[str, float]:
     """FLOPs of the factor stages: the passes, and the products that the factors need."""
     one_pass = work.train.forward_flops + work.train.backward_flops
     flops = {}
-    if work.num_in_eigenbasis:
+    kronecker = [layer for layer in layers if layer.is_kronecker]
+    if work.num_in_eigenbasis and kronecker:
         products = sum(
             work.train.positions[layer.name] * layer.shape[1] ** 2
             + work.train.active_positions[layer.name] * layer.shape[0] ** 2
-            for layer in layers
+            for layer in kronecker
         )
         flops["covariance"] = work.num_train * (one_pass + products)  # half of 2 t d^2, by symmetry
-        flops["eigendecomposition"] = 9.0 * sum(d**3 for layer in layers for d in layer.shape)
-    if work.num_with_lambda:
-        products = 0
-        for layer in layers:
-            products += 2 * work.train.active_positions[layer.name] * layer.num_parameters
-            products += _rotation_flops(layer, work.train) * bool(work.num_in_eigenbasis)
+        flops["eigendecomposition"] = 9.0 * sum(d**3 for layer in kronecker for d in layer.shape)
+    with_lambda = [layer for layer in layers if work.num_lambdas(layer)]
+    if with_lambda:
+        products = sum(layer.gradient_flops(work.train.active_positions) for layer in with_lambda)
+        if work.num_in_eigenbasis:
+            products += sum(_rotation_flops(layer, work.train) for layer in with_lambda)
         flops["lambda"] = work.num_train * (one_pass + products)
     return flops
 
@@ -253,7 +267,9 @@ def plan_flops(plan: Plan, layers: list[TrackedLayer], work: Work) -> dict[str, 
 
 
 def _rotation_flops(layer: TrackedLayer, probe: Probe) -> float:
-    """Of one example's gradient into the eigenbasis."""
+    """Of one example's gradient into the eigenbasis, where the layer has one."""
+    if not layer.is_kronecker:
+        return 0.0
     (o, i), t = layer.shape, probe.active_positions[layer.name]
     return min(2 * t * (o * o + i * i), 2 * o * i * (o + i))
 
@@ -266,12 +282,13 @@ def _cost(groups: list[list[TrackedLayer]], tiles: list[range], layers: list[Tra
         flops, below = 0.0, 0
         for group in groups:
             flops += probe.forward_flops + probe.backward_flops * (1 - below / parameters)
-            flops += sum(2 * probe.active_positions[layer.name] * layer.num_parameters for layer in group)
+            flops += sum(layer.gradient_flops(probe.active_positions) for layer in group)
             below += sum(layer.num_parameters for layer in group)
         return flops
 
     rotations = sum(_rotation_flops(layer, work.query) for layer in layers) * bool(work.num_in_eigenbasis)
-    rotations_back = sum(2 * layer.num_parameters * sum(layer.shape) for layer in layers) * work.num_in_eigenbasis
+    kronecker = [layer for layer in layers if layer.is_kronecker]
+    rotations_back = sum(2 * layer.num_parameters * sum(layer.shape) for layer in kronecker) * work.num_in_eigenbasis
     flops = work.num_queries * (gradient_flops(work.query) + rotations + rotations_back)
     flops += work.num_train * (len(tiles) * gradient_flops(work.train) + 2 * work.num_rows * parameters)
     peaks = fit_peaks(layers, work)

@@ -1,0 +1,9 @@
+"""What is tracked: parameters with a per-sample gradient and a preconditioner, one file a kind.
+
+matrix.py  nn.Linear and GPT-2's Conv1D
+"""
+
+from influence_core.layers.finding import find_tracked_layers, trackable_layer_names
+from influence_core.layers.kind import Parts, TrackedLayer
+
+__all__ = ["Parts", "TrackedLayer", "find_tracked_layers", "trackable_layer_names"]

@@ -1,0 +1,53 @@
+"""What one batch takes, counted by running it: for the plan."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from influence_core.captured import has_gradient
+from influence_core.flops import FlopCount
+from influence_core.passes import GradientPass
+from influence_core.task import Batch
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What one batch takes, for the plan."""
+
+    num_bytes: int  # kept between forward and backward, with what is captured
+    fixed_bytes: int  # of these, those that more examples in a batch would not multiply
+    captured_bytes: int  # of what all layers capture, as operands; what several share counts for each
+    forward_flops: float
+    backward_flops: float
+    positions: dict[str, float]  # rows * positions that each site of a layer sees
+    active_positions: dict[str, float]  # of these, those that have a gradient
+
+
+def probe(run: GradientPass, batch: Batch) -> Probe:
+    """Run one batch and count what it takes."""
+    # Kept alive until they are counted: an address that is freed and taken again would hide one of the two.
+    storages: dict[int, torch.UntypedStorage] = {}
+    constants = {parameter.untyped_storage().data_ptr() for parameter in run.model.parameters()}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in constants:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    with FlopCount() as counter, torch.enable_grad():
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = run.forward(batch)
+        forward_flops = counter.total
+        kept = [x for calls in (*run.inputs.values(), *run.outputs.values()) for x in calls]
+        gradients = run.gradients(loss, run.outputs)
+    for tensor in [*kept, *(x for calls in gradients.values() for x in calls)]:
+        note(tensor)
+    num_bytes = sum(storage.nbytes() for storage in storages.values())
+    run.forget()
+    positions = {site: float(sum(x[..., 0].numel() for x in calls)) for site, calls in gradients.items()}
+    active = {site: sum(float(has_gradient(x).sum()) for x in calls) for site, calls in gradients.items()}
+    numbers = sum(layer.captured_numbers(positions) for layer in run.layers)
+    captured_bytes = int(numbers * run.precision.product_dtype.itemsize)
+    return Probe(num_bytes, 0, captured_bytes, forward_flops, counter.total - forward_flops, positions, active)
