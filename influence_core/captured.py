@@ -3,7 +3,8 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,11 @@ class Calls:
 
     inputs: list[Tensor]
     output_gradients: list[Tensor]  # of the summed loss
+    losses: list[Any] = field(default_factory=list)  # HeadLoss: of a head whose logits were not held
+
+    def to(self, operand: Callable[[Tensor], Tensor]) -> "Calls":
+        """The same as operands of products."""
+        return Calls(list(map(operand, self.inputs)), list(map(operand, self.output_gradients)))
 
 
 @dataclass(frozen=True)
@@ -136,7 +142,7 @@ def lay_out(name: str, calls: Calls, mask: Tensor | None, layout: Layout) -> Pos
         if num_rows % num_examples:
             raise _wrong_rows(name, first, num_examples, rows_per_example)
     activations, gradients, masks = [], [], []
-    for seen, gradient in zip(map(layout.operand, calls.inputs), map(layout.operand, calls.output_gradients)):
+    for seen, gradient in zip(calls.inputs, calls.output_gradients):
         is_flattened = seen.dim() == 2 and len(seen) % num_rows == 0 and len(seen) // num_rows in layout.position_counts
         if not (is_flattened or len(seen) == num_rows) or seen.shape[:-1] != gradient.shape[:-1]:
             raise _wrong_rows(name, seen, num_examples, rows_per_example)
@@ -191,6 +197,8 @@ def _wrong_rows(name: str, seen: Tensor, num_examples: int, rows_per_example: in
 def find_active_positions(captured: Iterable[Captured]) -> None:
     """Note them where they are fewer than nine tenths. On a GPU, this waits for the backward pass, once a batch."""
     captured = [each for each in captured if isinstance(each, Positions)]
+    if not captured:
+        return
     are_active = [has_gradient(x.output_gradients) for x in captured]
     counts = torch.stack([active.sum(1).max() for active in are_active]).tolist()
     for x, active, count in zip(captured, are_active, counts):

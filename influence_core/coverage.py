@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from influence_core.layers import TrackedLayer, trackable_layer_names
+from influence_core.layers.finding import output_head
 
 
 def describe_coverage(model: nn.Module, layers: Sequence[TrackedLayer]) -> str:
@@ -57,16 +58,6 @@ def left_out(model: nn.Module, layers: Sequence[TrackedLayer]) -> dict[str, int]
                 kind = "head" if module is head else f"{kind} tied to the head"
             counts[kind] = counts.get(kind, 0) + parameter.numel()
     return dict(sorted(counts.items(), key=lambda item: -item[1]))
-
-
-def output_head(model: nn.Module) -> nn.Module | None:
-    """What makes the logits of a language model, if there is one; its trained copy, where peft keeps one."""
-    try:
-        head = model.get_output_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
-    copies = getattr(head, "modules_to_save", None)
-    return head if copies is None else copies[head.active_adapters[0]]
 
 
 def _is_partly_frozen(model: nn.Module) -> bool:

@@ -14,6 +14,8 @@ gradient could be had at a tensor that is no more what the layer made.
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from influence_core.captured import Calls, Captured, Layout, find_active_positions, position_counts
 from influence_core.errors import UserError
 from influence_core.layers import TrackedLayer
+from influence_core.losses import HeadLoss, watched_heads
 from influence_core.precision import Precision
 from influence_core.task import EXAMPLE_INDEX, Batch
 
@@ -68,6 +71,8 @@ class GradientPass:
         self.outputs: dict[str, list[Tensor]] = {}
         self.versions: list[tuple[str, Tensor, int]] = []  # of each input and output when the layer handed it on
         self.probes: dict[str, list[Tensor]] | None = None
+        self.losses: dict[int, list[HeadLoss]] = {}  # by the id of a head's weight
+        self.num_rows = 0  # of the batch
         self.is_forward = True
 
     def __enter__(self) -> "GradientPass":
@@ -84,6 +89,8 @@ class GradientPass:
             for module in self._products():
                 self._swap(module.weight, self.precision.operand(module.weight.data))
                 self.handles.append(module.register_forward_pre_hook(self._round_input, with_kwargs=True))
+        for module in (module for layer in self.layers for module in layer.spread):
+            self.handles.append(module.register_forward_pre_hook(self._spread))
         for site, module in self.sites.items():
             self.handles.append(module.register_forward_hook(self._hook(site), with_kwargs=True))
         if self.precision.emulated:  # after the hooks above: so that the output's gradient is rounded as well
@@ -135,7 +142,27 @@ class GradientPass:
 
     def _calls(self, layer: TrackedLayer, gradients: dict[str, list[Tensor]]) -> dict[str, Calls]:
         """Of each site of the layer that was called; forgotten here."""
-        return {site: Calls(self.inputs.pop(site), gradients.pop(site)) for site in layer.sites if site in gradients}
+        calls = {site: Calls(self.inputs.pop(site), gradients.pop(site)) for site in layer.sites if site in gradients}
+        for site, weight in layer.watched.items():
+            calls[site] = replace(calls.get(site, Calls([], [])), losses=self.losses[id(weight)])
+        return calls
+
+    def _was_called(self, layer: TrackedLayer) -> bool:
+        losses = any(self.losses[id(weight)] for weight in layer.watched.values())
+        return losses or bool(self.outputs.keys() & layer.sites.keys())
+
+    @contextmanager
+    def _watch(self) -> Iterator[None]:
+        """Inside, the losses of tracked heads are noted."""
+        weights = [weight for layer in self.layers for weight in layer.watched.values()]
+        with watched_heads(weights) as self.losses:
+            yield
+
+    def _spread(self, module: nn.Module, arguments: tuple) -> tuple:
+        """Numbers that are the same for all rows, as those of positions are, for each row: their gradients differ."""
+        (numbers,) = arguments
+        is_shared = numbers.dim() > 1 and len(numbers) == 1 < self.num_rows
+        return (numbers.expand(self.num_rows, *numbers.shape[1:]) if is_shared else numbers,)
 
     def _products(self) -> Iterator[nn.Module]:
         """What emulated bfloat16 rounds."""
@@ -143,7 +170,7 @@ class GradientPass:
 
     def forget(self) -> None:
         """Let go of what a forward pass left behind."""
-        self.inputs, self.outputs, self.versions, self.probes = {}, {}, [], None
+        self.inputs, self.outputs, self.versions, self.probes, self.losses = {}, {}, [], None, {}
 
     def _swap(self, tensor: Tensor, data: Tensor) -> None:
         """Let a parameter or buffer hold other numbers until the pass ends."""
@@ -183,6 +210,7 @@ class GradientPass:
 
     def forward(self, batch: Batch) -> Tensor:
         """The loss; again, with copies, where the model changed what a layer saw or made in place."""
+        self.num_rows = len(batch[EXAMPLE_INDEX]) * (self.rows_per_example or 1)
         try:
             loss = self._forward_once(batch)
         except RuntimeError as error:
@@ -204,9 +232,9 @@ class GradientPass:
 
     def _forward_once(self, batch: Batch) -> Tensor:
         self.forget()
-        with self.precision.autocast(next(self.model.parameters()).device):
+        with self._watch(), self.precision.autocast(next(self.model.parameters()).device):
             loss = self.loss_function(self.model, batch)
-        uncalled = [layer.name for layer in self.layers if not self.outputs.keys() & layer.sites.keys()]
+        uncalled = [layer.name for layer in self.layers if not self._was_called(layer)]
         if uncalled:
             raise UserError(
                 f"tracked layers that the forward pass did not call: {', '.join(uncalled)}; leave them out of the "
@@ -224,13 +252,14 @@ class GradientPass:
 
     def _run_compiled(self, batch: Batch, probe_shapes: dict) -> tuple[Tensor, dict[str, list[Tensor]]]:
         self.forget()
+        self.num_rows = len(batch[EXAMPLE_INDEX]) * (self.rows_per_example or 1)
         dtype = self.precision.product_dtype
         device = next(self.model.parameters()).device
         probes = {
             name: [torch.zeros(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes]
             for name, shapes in probe_shapes.items()
         }
-        with torch._dynamo.config.patch(recompile_limit=64):  # by the shapes of batches
+        with torch._dynamo.config.patch(recompile_limit=64), self._watch():  # by the shapes of batches
             loss, self.inputs = self.step(batch, probes)
         return loss, self.gradients(loss, probes)
 
@@ -243,9 +272,10 @@ class GradientPass:
     def gradients(self, loss: Tensor, sources: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
         calls = {site: list(sources[site]) for site in self.sites if site in sources}
         flat = [tensor for each in calls.values() for tensor in each]
+        leaves = [loss.leaf for losses in self.losses.values() for loss in losses if loss.leaf is not None]
         self.is_forward = False
         try:
-            gradients = iter(torch.autograd.grad(loss, flat, allow_unused=True, materialize_grads=True))
+            gradients = iter(torch.autograd.grad(loss, flat + leaves, allow_unused=True, materialize_grads=True))
         except RuntimeError as error:
             if "heckpoint" not in str(error):
                 raise

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from influence_core.captured import has_gradient
 from influence_core.flops import FlopCount
+from influence_core.losses import IGNORED
 from influence_core.passes import GradientPass
 from influence_core.task import Batch
 
@@ -42,12 +43,17 @@ def probe(run: GradientPass, batch: Batch) -> Probe:
         forward_flops = counter.total
         kept = [x for calls in (*run.inputs.values(), *run.outputs.values()) for x in calls]
         gradients = run.gradients(loss, run.outputs)
+    losses = run.losses
     for tensor in [*kept, *(x for calls in gradients.values() for x in calls)]:
         note(tensor)
     num_bytes = sum(storage.nbytes() for storage in storages.values())
     run.forget()
     positions = {site: float(sum(x[..., 0].numel() for x in calls)) for site, calls in gradients.items()}
     active = {site: sum(float(has_gradient(x).sum()) for x in calls) for site, calls in gradients.items()}
+    for layer in run.layers:
+        for site, weight in layer.watched.items():
+            of_losses = sum(float((loss.targets != IGNORED).sum()) for loss in losses[id(weight)])
+            positions[site], active[site] = (counts.get(site, 0) + of_losses for counts in (positions, active))
     numbers = sum(layer.captured_numbers(positions) for layer in run.layers)
     captured_bytes = int(numbers * run.precision.product_dtype.itemsize)
     return Probe(num_bytes, 0, captured_bytes, forward_flops, counter.total - forward_flops, positions, active)

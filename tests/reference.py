@@ -26,6 +26,20 @@ def layer_gradient(model, name, loss, transposed):
     return torch.cat([weight, gradients[f"{name}.bias"][:, None]], dim=1)
 
 
+def parameter_gradient(model, name, loss):
+    """d loss(model) / d one parameter, in its own shape, wherever it is used: modules may share it."""
+    parameter = model.get_parameter(name)
+    names = [each for each, other in model.named_parameters(remove_duplicate=False) if other is parameter]
+
+    def loss_of(value):
+        def run(*arguments, **options):
+            return functional_call(model, dict.fromkeys(names, value), arguments, options)
+
+        return loss(run)
+
+    return grad(loss_of)(parameter.detach())
+
+
 def covariances(model, name, losses, masks):
     """(A, G): means over real positions of a a^T (with its one for a bias) and g g^T.
 

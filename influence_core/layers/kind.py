@@ -45,6 +45,16 @@ class TrackedLayer(ABC):
     def parameters(self) -> Sequence[nn.Parameter]:
         """The weight, and the bias where there is one."""
 
+    @property
+    def watched(self) -> Mapping[str, nn.Parameter]:
+        """{site: weight} of heads whose losses are wanted, see `watched_heads`."""
+        return {}
+
+    @property
+    def spread(self) -> Sequence[nn.Module]:
+        """Sites that may be given one row for all, and then are given as many as the batch has."""
+        return []
+
     @abstractmethod
     def capture(self, calls: Mapping[str, Calls], layout: Layout) -> Captured:
         """What is kept of a batch, from the calls at each site.

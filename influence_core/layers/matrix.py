@@ -52,7 +52,7 @@ class MatrixLayer(TrackedLayer):
         return list(self.module.parameters(recurse=False))
 
     def capture(self, calls, layout):
-        return lay_out(self.name, calls[self.name], layout.mask(self.name), layout)
+        return lay_out(self.name, calls[self.name].to(layout.operand), layout.mask(self.name), layout)
 
     def gradient_parts(self, captured, out=None):
         """Cost: 2 n t o i FLOPs."""

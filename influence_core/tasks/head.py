@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from influence_core.coverage import output_head
 from influence_core.errors import UserError
+from influence_core.layers.finding import output_head
 from influence_core.losses import cross_entropy, linear_cross_entropy
 
 AMPLIFIED = (1.0, 1e3)  # hidden states times these: a soft cap shows where logits are large

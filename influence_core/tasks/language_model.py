@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from influence_core.coverage import output_head
 from influence_core.labels import LabelSampler
+from influence_core.layers.finding import output_head
 from influence_core.task import Batch
 from influence_core.tasks.example import MEASUREMENT, is_main_process
 from influence_core.tasks.head import IGNORED, TokenScores, head_is_matrix, token_scores

@@ -1,0 +1,170 @@
+"""A table: rows by number, of an embedding; or of a head, that gives each row a logit; or of both, tied to each other.
+
+An embedding adds the gradient of its output to the row that it looked up. A head adds (softmax - onehot)^T h to all
+rows; where the loss never held its logits (losses.py), neither are they held here. What an example's lookups and its
+head add is summed before anything is squared or preconditioned, as the chain rule wants: they are the same numbers.
+
+The covariance of a head's outputs would be as large as the vocabulary squared: a table's Fisher is taken as diagonal.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from influence_core.captured import Calls, Captured, Layout, Positions, lay_out
+from influence_core.errors import UserError
+from influence_core.layers.kind import TrackedLayer
+from influence_core.losses import HeadLoss, add_head_gradient
+
+
+@dataclass
+class Rows(Captured):
+    """What the sites of a table saw: each list is of several calls."""
+
+    lookups: list[tuple[Tensor, Tensor]]  # ([n, t] numbers of rows, [n, t, d] gradients of what was looked up)
+    logits: list[Positions]  # of heads whose logits were held
+    losses: list[HeadLoss]  # of those whose logits were not: hidden [n, t, d], targets [n, t]
+
+    def __len__(self):
+        each = [ids for ids, _ in self.lookups] + self.logits + [loss.targets for loss in self.losses]
+        return len(each[0])
+
+    def __getitem__(self, rows):
+        return Rows(
+            [(ids[rows], gradients[rows]) for ids, gradients in self.lookups],
+            [positions[rows] for positions in self.logits],
+            [replace(loss, hidden=loss.hidden[rows], targets=loss.targets[rows]) for loss in self.losses],
+        )
+
+    def to(self, dtype):
+        return Rows(
+            [(ids, gradients.to(dtype)) for ids, gradients in self.lookups],
+            [positions.to(dtype) for positions in self.logits],
+            [replace(loss, hidden=loss.hidden.to(dtype)) for loss in self.losses],
+        )
+
+    @property
+    def inputs(self):
+        return [positions.activations for positions in self.logits] + [loss.hidden for loss in self.losses]
+
+    @property
+    def gradients(self):
+        return [gradients for _, gradients in self.lookups] + [positions.output_gradients for positions in self.logits]
+
+    @property
+    def tensors(self):
+        return [*super().tensors, *(ids for ids, _ in self.lookups), *(loss.targets for loss in self.losses)]
+
+
+@dataclass(frozen=True)
+class TableLayer(TrackedLayer):
+    """The modules that share a weight [rows, d]: embeddings, and at most one head, whose bias may be a column more."""
+
+    embeddings: dict[str, nn.Embedding] = field(default_factory=dict)
+    heads: dict[str, nn.Linear] = field(default_factory=dict)
+
+    kind_name: ClassVar[str] = "embeddings"
+
+    @classmethod
+    def of(cls, name: str, embeddings: dict[str, nn.Embedding], heads: dict[str, nn.Linear]) -> "TableLayer":
+        """The table of these modules, which all have the same weight.
+
+        Raises:
+            UserError: they are of no such kind, or more is shared than that weight.
+        """
+        modules = {**embeddings, **heads}
+        weight = next(iter(modules.values())).weight
+        for site, module in embeddings.items():
+            if type(module) is not nn.Embedding or module.max_norm is not None or module.scale_grad_by_freq:
+                raise UserError(f"layer {site} is a {type(module).__name__} that does more than look rows up")
+        for site, module in heads.items():
+            if type(module) is not nn.Linear:
+                raise UserError(f"layer {site} is a {type(module).__name__}: only an nn.Linear can be a table's head")
+        biases = [module.bias for module in heads.values() if module.bias is not None]
+        if len(heads) > 1:
+            raise UserError(f"layers {' and '.join(heads)} share their weight (tied weights): it can't be tracked")
+        return cls(name, weight.shape[1], weight.shape[0], bool(biases), embeddings, heads)
+
+    @property
+    def sites(self):
+        return {**self.embeddings, **self.heads}
+
+    @property
+    def parameters(self):
+        modules = list(self.sites.values())
+        return [modules[0].weight, *([modules[-1].bias] if self.has_bias else [])]
+
+    @property
+    def watched(self):
+        return {site: module.weight for site, module in self.heads.items()}
+
+    @property
+    def spread(self):
+        return list(self.embeddings.values())
+
+    def capture(self, calls, layout):
+        lookups, logits, losses = [], [], []
+        for site, of_module in calls.items():
+            losses += [_laid_out(self.name, loss, layout) for loss in of_module.losses]
+            if site in self.embeddings:
+                padding = self.embeddings[site].padding_idx
+                lookups.append(self._lookups(of_module, layout, padding))
+            elif not of_module.losses:  # else it made what a loss by chunks has no use for
+                logits.append(lay_out(self.name, of_module.to(layout.operand), None, layout))
+        return Rows(lookups, logits, losses)
+
+    def _lookups(self, calls: Calls, layout: Layout, padding: int | None) -> tuple[Tensor, Tensor]:
+        numbers = [ids.unsqueeze(-1) for ids in calls.inputs]
+        laid_out = lay_out(self.name, Calls(numbers, list(map(layout.operand, calls.output_gradients))), None, layout)
+        ids, gradients = laid_out.activations.squeeze(-1), laid_out.output_gradients
+        if padding is not None:  # torch gives that row no gradient
+            gradients = gradients.masked_fill((ids == padding).unsqueeze(-1), 0)
+        return ids, gradients
+
+    def gradient_parts(self, captured: Rows, out=None):
+        """Cost: of a head 2 t d v FLOPs, and as many again where its logits were not held."""
+        n, v, d = len(captured), self.out_features, self.in_features
+        out = self.empty_parts(captured.tensors[0], n) if out is None else out
+        weight = out[0].view(n, v, d)
+        weight.zero_()
+        if self.has_bias:
+            out[1].zero_()
+        for positions in captured.logits:
+            weight.baddbmm_(positions.output_gradients.transpose(1, 2), positions.activations)
+            if self.has_bias:
+                out[1].add_(positions.output_gradients.sum(1))
+        for loss in captured.losses:  # an example at a time, as the logits of a batch are never held
+            for hidden, targets, of_example in zip(loss.hidden, loss.targets, weight):
+                of_one = replace(loss, hidden=hidden, targets=targets)
+                add_head_gradient(of_one, self.parameters[0].detach(), of_example)
+        first_rows = v * torch.arange(n, device=weight.device).unsqueeze(1)
+        for ids, gradients in captured.lookups:
+            weight.view(n * v, d).index_add_(0, (ids + first_rows).flatten(), gradients.flatten(0, 1).to(weight.dtype))
+        return out
+
+    def parameter_gradient(self, parameter, captured: Rows):
+        part = 0 if parameter is self.parameters[0] else 1
+        each = (self.gradient_parts(captured[row : row + 1])[part] for row in range(len(captured)))
+        return sum(each).view(parameter.shape)
+
+    def gradient_flops(self, positions):
+        of_heads = sum(positions.get(site, 0) for site in self.heads)
+        return 4 * of_heads * self.num_parameters + self.num_parameters
+
+    def captured_numbers(self, positions):
+        return sum(positions.get(site, 0) for site in self.sites) * (self.in_features + 2)
+
+
+def _laid_out(name: str, loss: HeadLoss, layout: Layout) -> HeadLoss:
+    """With the rows of an example folded into its positions."""
+    num_rows = layout.num_examples * (layout.rows_per_example or 1)
+    if loss.hidden.dim() != 3 or len(loss.hidden) % num_rows:
+        raise UserError(
+            f"the loss of the head {name} was given hidden states of shape {tuple(loss.hidden.shape)}, and must be "
+            "given [rows, positions, d], so that they are told apart by example"
+        )
+    examples = len(loss.hidden) if layout.rows_per_example is None else layout.num_examples
+    hidden, targets = (x.reshape(examples, -1, *x.shape[2:]) for x in (loss.hidden, loss.targets))
+    return replace(loss, hidden=layout.operand(hidden), targets=targets)

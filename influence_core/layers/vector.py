@@ -1,0 +1,79 @@
+"""The scale and shift of a norm (LayerNorm, RMSNorm and their like): output = weight * s(input) + bias, elementwise.
+
+What multiplies the weight is asked of the module itself, so a weight that is kept less one (Gemma's) is no other kind.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from influence_core.captured import Calls, Positions, lay_out
+from influence_core.layers.kind import TrackedLayer
+
+
+@dataclass(frozen=True)
+class VectorLayer(TrackedLayer):
+    """A module whose own parameters are "weight" [d] and, where there is one, "bias" [d]: a matrix of one column."""
+
+    module: nn.Module
+
+    kind_name: ClassVar[str] = "norms"
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        """Whether its parameters are such; what it computes of them is proven when it runs."""
+        own = module._parameters
+        weight, bias = own.get("weight"), own.get("bias")
+        is_vector = isinstance(weight, nn.Parameter) and weight.dim() == 1 and not list(module.children())
+        names = {name for name, parameter in own.items() if parameter is not None}
+        return is_vector and names <= {"weight", "bias"} and (bias is None or bias.shape == weight.shape)
+
+    @classmethod
+    def of(cls, name: str, module: nn.Module) -> "VectorLayer":
+        return cls(name, 1, len(module.weight), module._parameters.get("bias") is not None, module)
+
+    @property
+    def sites(self):
+        return {self.name: self.module}
+
+    @property
+    def parameters(self):
+        return [self.module.weight, *([self.module.bias] if self.has_bias else [])]
+
+    def capture(self, calls, layout):
+        """What multiplies the weight, in place of the input."""
+        of_module = calls[self.name]
+        multiplied = [self._multiplied(x) for x in of_module.inputs]
+        return lay_out(self.name, Calls(multiplied, of_module.output_gradients).to(layout.operand), None, layout)
+
+    @torch.no_grad()
+    def _multiplied(self, x: Tensor) -> Tensor:
+        """s(x): the output for a weight of ones less that for none."""
+        held = [parameter.data for parameter in self.parameters]
+        try:
+            for parameter in self.parameters:
+                parameter.data = torch.zeros_like(parameter.data)
+            without = self.module.forward(x)
+            self.module.weight.data = torch.ones_like(held[0])
+            return self.module.forward(x) - without
+        finally:
+            for parameter, data in zip(self.parameters, held):
+                parameter.data = data
+
+    def gradient_parts(self, captured: Positions, out=None):
+        out = self.empty_parts(captured.activations, len(captured)) if out is None else out
+        torch.sum(captured.output_gradients * captured.activations, dim=1, out=out[0])
+        if self.has_bias:
+            torch.sum(captured.output_gradients, dim=1, out=out[1])
+        return out
+
+    def parameter_gradient(self, parameter, captured: Positions):
+        return self.gradient_parts(captured)[0 if parameter is self.module.weight else 1].sum(0)
+
+    def gradient_flops(self, positions):
+        return 3 * positions[self.name] * self.out_features
+
+    def captured_numbers(self, positions):
+        return 2 * positions[self.name] * self.out_features
