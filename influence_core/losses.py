@@ -186,7 +186,7 @@ def linear_cross_entropy(
         noted = HeadLoss(hidden.detach(), labels.masked_fill(~carries_loss, IGNORED), precision)
         _WATCHED.get()[id(weight)].append(noted)
         if not hidden.requires_grad:  # nothing below the head is tracked
-            hidden = noted.leaf = noted.hidden.requires_grad_()
+            hidden = noted.leaf = hidden.detach().requires_grad_()
     hidden = hidden[carries_loss]
     if uniforms is not None:
         return _LinearCrossEntropy.apply(hidden, weight, None, uniforms[carries_loss], precision, noted)
