@@ -58,6 +58,11 @@ class HeadLoss:
     scale: Tensor | None = None  # d (whole loss) / d (this one), once a backward pass came through
     leaf: Tensor | None = None  # of the graph, where the hidden states are none
 
+    def weights(self) -> Tensor:
+        """[...], what each position's own loss counts in the whole."""
+        counts = (self.targets != IGNORED).to(self.hidden.dtype)
+        return counts * (0 if self.scale is None else self.scale)
+
 
 _WATCHED: ContextVar[dict[int, list[HeadLoss]] | None] = ContextVar("watched_heads", default=None)
 

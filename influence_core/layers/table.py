@@ -51,7 +51,8 @@ class Rows(Captured):
 
     @property
     def gradients(self):
-        return [gradients for _, gradients in self.lookups] + [positions.output_gradients for positions in self.logits]
+        held = [gradients for _, gradients in self.lookups] + [positions.output_gradients for positions in self.logits]
+        return held + [loss.weights() for loss in self.losses]
 
     @property
     def tensors(self):
