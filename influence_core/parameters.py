@@ -19,7 +19,17 @@ from influence_core.precision import Precision
 from influence_core.task import Batch
 
 
-def refuse_other_uses(
+def refuse_other_uses(*arguments) -> None:
+    """Raise UserError for the first layer that `other_uses` finds, of the same arguments."""
+    for name, share in other_uses(*arguments).items():
+        raise UserError(
+            f"the gradient of layer {name}'s parameters is not what its calls make (by {share:.1g} of it): they are "
+            "used elsewhere too (tied by computation, merged with an adapter's), or the layer computes something else "
+            "than its kind does; leave it out of the tracked layers"
+        )
+
+
+def other_uses(
     model: nn.Module,
     layers: Sequence[TrackedLayer],
     loss_function,
@@ -27,8 +37,8 @@ def refuse_other_uses(
     captured: Mapping[str, Captured],
     precision: Precision,
     tolerances: tuple[float, float],
-) -> None:
-    """Raise UserError for the first layer whose parameters get another gradient than its own calls make.
+) -> dict[str, float]:
+    """{layer: share of the gradient} of those whose parameters get another than their own calls make, by so much.
 
     Args:
         captured: what the engine saw of the batch.
@@ -76,10 +86,8 @@ def refuse_other_uses(
             module.training = training
     largest = max(norm for _, norm, _ in compared.values())
     relative, of_largest = tolerances
-    for name, (difference, norm, rounding) in compared.items():
-        if difference > relative * norm + of_largest * largest + rounding:
-            raise UserError(
-                f"the gradient of layer {name}'s parameters is not what its calls make (by {difference / norm:.1g} of "
-                "it): they are used elsewhere too (tied by computation, merged with an adapter's), or the layer "
-                "computes something else than its kind does; leave it out of the tracked layers"
-            )
+    return {
+        name: difference / norm
+        for name, (difference, norm, rounding) in compared.items()
+        if difference > relative * norm + of_largest * largest + rounding
+    }

@@ -33,7 +33,7 @@ def _analyze(task_class: type[ExampleTask], arguments) -> None:
         arguments.use_ddp, arguments.use_half_precision, arguments.use_compile, arguments.seed, bool(arguments.use_tf32)
     )
     task = task_class(**arguments.task)
-    task.tracked_layers = arguments.tracked_layers
+    task.tracked_layers, task.tracked_kinds = arguments.tracked_layers, arguments.track
     model = task.load_model(arguments.checkpoint_dir).to(runtime.device)
     unused = [flag for flag in task.flags_of_a_start if flag in arguments.given]
     if unused and not is_adapter(arguments.checkpoint_dir):

@@ -19,6 +19,8 @@ from influence_core.tasks.example import ExampleTask, is_main_process
 
 RECIPE_FLAGS = ("train_batch_size", "learning_rate", "weight_decay", "num_train_epochs", "use_half_precision")
 
+TRACKED = ("blocks", "all")  # by --track
+
 COMMON_DEFAULTS = {
     "preset": "full",
     "checkpoint_dir": "./checkpoints",
@@ -31,6 +33,7 @@ COMMON_DEFAULTS = {
     "num_train_epochs": 3,
     "factor_strategy": ["ekfac"],
     "damping_factor": 1e-8,
+    "track": TRACKED[0],
     "query_batch_size": 32,
     "train_batch_size.analyze": 64,
     "factor_batch_size": 64,
@@ -159,6 +162,9 @@ def _add_overwrite_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_tracked_layers_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--track", help="blocks: linear layers but the output head; all: embeddings, norms and head too"
+    )
     parser.add_argument("--tracked_layers", metavar="REGEX", help="only layers in whose name this is found (default: "
                         "all that can be tracked but the output head)")  # fmt: skip
 
@@ -288,6 +294,9 @@ def _check_values(arguments: argparse.Namespace) -> None:
     suffix = getattr(arguments, "scores_suffix", None)
     if suffix is not None and (not re.fullmatch(r"[\w.-]+", suffix) or suffix == "half"):
         raise UserError(f"--scores_suffix is a word of letters, digits and -_. other than half, not {suffix!r}")
+    track = getattr(arguments, "track", None)
+    if track not in (None, *TRACKED):
+        raise UserError(f"--track is {' or '.join(TRACKED)}, not {track}")
     damping_scale(getattr(arguments, "damping_factor", None))
     strategies = getattr(arguments, "factor_strategy", None) or []
     if len(set(strategies)) < len(strategies):

@@ -34,6 +34,7 @@ class Observed:
     accepts: frozenset[str] = frozenset()  # names of the arguments of its forward pass
     streams: dict[str, str] = field(default_factory=dict)  # {layer: stream}, of layers that can be tracked
     unfit: dict[str, str] = field(default_factory=dict)  # {layer: why it can't be}; the output head is in neither
+    others: list[str] | None = None  # embeddings, norms and head, once it was asked which of them can be tracked
     head_is_matrix: bool = False  # logits = hidden states x the head's weight, and nothing else
     loss_is_mean: bool = False  # its own loss is the mean cross-entropy of its logits
 

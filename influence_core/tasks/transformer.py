@@ -29,6 +29,7 @@ from influence_core.tasks.observed import (
     observe_layers,
     undisturbed,
 )
+from influence_core.tasks.others import prove_others
 from influence_core.tasks.pretrained import PretrainedTask
 from influence_core.tasks.small_batches import SmallBatches, resize
 
@@ -63,13 +64,15 @@ class TransformerTask(PretrainedTask):
     # ----------------------------------------------------------------------------------------------- what is tracked
 
     def tracked_layer_names(self, model):
-        """Every layer that can be tracked but the head, narrowed by --tracked_layers."""
+        """Every linear layer that can be tracked but the head, and with --track all every embedding, norm and head;
+        narrowed by --tracked_layers.
+        """
         observed = self.observe(model)
         try:
             pattern = re.compile(self.tracked_layers or "")
         except re.error as error:
             raise UserError(f"--tracked_layers {self.tracked_layers!r} is no regular expression: {error}") from None
-        names = list(filter(pattern.search, observed.streams))
+        names = list(filter(pattern.search, [*observed.streams, *self.other_layers(model)]))
         if names:
             return names
         unfit = next(filter(pattern.search, observed.unfit), None)
@@ -81,6 +84,18 @@ class TransformerTask(PretrainedTask):
             have = f"that can be tracked: its parameters are of {', '.join(left_out(model, []))}"
             have += f"; {observed.describe_unfit()}" if observed.unfit else ""
         raise UserError(f"this {type(model).__name__} has no layer {have}")
+
+    def other_layers(self, model: nn.Module) -> list[str]:
+        """Embeddings, norms and head, where they are wanted and can be tracked; the others are noted as unfit."""
+        if self.tracked_kinds != "all":
+            return []
+        observed = self.observe(model)
+        if observed.others is None:
+            batch = SmallBatches(self, model).all()[0]
+            proven = prove_others(model, self.train_loss, batch, self.rows_per_example)
+            observed.others = [name for name, reason in proven.items() if reason is None]
+            observed.unfit |= {name: reason for name, reason in proven.items() if reason is not None}
+        return observed.others
 
     def position_mask(self, batch, layer_name):
         """Of the stream that the layer was seen to read, in the model that was asked last."""
