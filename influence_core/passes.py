@@ -91,8 +91,9 @@ class GradientPass:
                 self.handles.append(module.register_forward_pre_hook(self._round_input, with_kwargs=True))
         for module in (module for layer in self.layers for module in layer.spread):
             self.handles.append(module.register_forward_pre_hook(self._spread))
-        for site, module in self.sites.items():
-            self.handles.append(module.register_forward_hook(self._hook(site), with_kwargs=True))
+        for layer in self.layers:
+            for site, module in layer.sites.items():
+                self.handles.append(module.register_forward_hook(self._hook(layer, site), with_kwargs=True))
         if self.precision.emulated:  # after the hooks above: so that the output's gradient is rounded as well
             for module in self._products():
                 self.handles.append(module.register_forward_hook(self._round_output))
@@ -160,9 +161,10 @@ class GradientPass:
 
     def _spread(self, module: nn.Module, arguments: tuple) -> tuple:
         """Numbers that are the same for all rows, as those of positions are, for each row: their gradients differ."""
-        (numbers,) = arguments
-        is_shared = numbers.dim() > 1 and len(numbers) == 1 < self.num_rows
-        return (numbers.expand(self.num_rows, *numbers.shape[1:]) if is_shared else numbers,)
+        first, *others = arguments or (None,)
+        if others or not isinstance(first, Tensor) or first.dim() < 2 or not len(first) == 1 < self.num_rows:
+            return arguments
+        return (first.expand(self.num_rows, *first.shape[1:]),)
 
     def _products(self) -> Iterator[nn.Module]:
         """What emulated bfloat16 rounds."""
@@ -184,11 +186,11 @@ class GradientPass:
     def _round_output(self, module: nn.Module, arguments: tuple, output: Tensor) -> Tensor:
         return self.precision.operand(output)
 
-    def _hook(self, name: str):
+    def _hook(self, layer: TrackedLayer, name: str):
         def keep(module: nn.Module, arguments: tuple, keywords: dict, output: Tensor) -> Tensor:
             if not self.is_forward:  # a checkpoint that is computed again on the way back
                 return output
-            (seen,) = (*arguments, *keywords.values())  # a matrix has one input, handed over either way
+            seen = layer.read(name, arguments, keywords)
             is_copied = name in self.copied
             # Shares memory and version counter with what the model goes on to use.
             self.inputs.setdefault(name, []).append(seen.detach().clone() if is_copied else seen.detach())

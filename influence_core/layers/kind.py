@@ -11,7 +11,7 @@ Legend: n = examples, t = positions, o = out, i = in.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,11 @@ class TrackedLayer(ABC):
     def spread(self) -> Sequence[nn.Module]:
         """Sites that may be given one row for all, and then are given as many as the batch has."""
         return []
+
+    def read(self, site: str, arguments: tuple, keywords: Mapping[str, Any]) -> Tensor:
+        """What is kept of a call's input."""
+        (seen,) = (*arguments, *keywords.values())  # handed over either way
+        return seen
 
     @abstractmethod
     def capture(self, calls: Mapping[str, Calls], layout: Layout) -> Captured:

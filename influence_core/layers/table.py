@@ -7,8 +7,9 @@ head add is summed before anything is squared or preconditioned, as the chain ru
 The covariance of a head's outputs would be as large as the vocabulary squared: a table's Fisher is taken as diagonal.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -78,8 +79,9 @@ class TableLayer(TrackedLayer):
         modules = {**embeddings, **heads}
         weight = next(iter(modules.values())).weight
         for site, module in embeddings.items():
-            if type(module) is not nn.Embedding or module.max_norm is not None or module.scale_grad_by_freq:
-                raise UserError(f"layer {site} is a {type(module).__name__} that does more than look rows up")
+            if module.max_norm is not None or module.scale_grad_by_freq:
+                raise UserError(f"layer {site} changes its rows or their gradients where it looks them up: it can't be "
+                                "tracked")  # fmt: skip
         for site, module in heads.items():
             if type(module) is not nn.Linear:
                 raise UserError(f"layer {site} is a {type(module).__name__}: only an nn.Linear can be a table's head")
@@ -105,6 +107,13 @@ class TableLayer(TrackedLayer):
     def spread(self):
         return list(self.embeddings.values())
 
+    def read(self, site, arguments, keywords):
+        """The numbers of rows; of an embedding that makes them, or scales what it looks up, [..., 2], beside the scale."""
+        module = self.embeddings.get(site)
+        if module is None or type(module) is nn.Embedding:
+            return super().read(site, arguments, keywords)
+        return _asked(module, arguments, keywords)
+
     def capture(self, calls, layout):
         lookups, logits, losses = [], [], []
         for site, of_module in calls.items():
@@ -117,8 +126,13 @@ class TableLayer(TrackedLayer):
         return Rows(lookups, logits, losses)
 
     def _lookups(self, calls: Calls, layout: Layout, padding: int | None) -> tuple[Tensor, Tensor]:
-        numbers = [ids.unsqueeze(-1) for ids in calls.inputs]
-        laid_out = lay_out(self.name, Calls(numbers, list(map(layout.operand, calls.output_gradients))), None, layout)
+        numbers, gradients = [], []
+        for ids, gradient in zip(calls.inputs, calls.output_gradients):
+            if ids.is_floating_point():
+                ids, gradient = ids[..., 0].round().long(), gradient * ids[..., 1:].to(gradient.dtype)
+            numbers.append(ids.unsqueeze(-1))
+            gradients.append(layout.operand(gradient))
+        laid_out = lay_out(self.name, Calls(numbers, gradients), None, layout)
         ids, gradients = laid_out.activations.squeeze(-1), laid_out.output_gradients
         if padding is not None:  # torch gives that row no gradient
             gradients = gradients.masked_fill((ids == padding).unsqueeze(-1), 0)
@@ -156,6 +170,22 @@ class TableLayer(TrackedLayer):
 
     def captured_numbers(self, positions):
         return sum(positions.get(site, 0) for site in self.sites) * (self.in_features + 2)
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def _asked(module: nn.Embedding, arguments: tuple, keywords: Mapping[str, Any]) -> Tensor:
+    """[..., 2]: which rows are looked up, and what they are multiplied by: what becomes of other rows tells."""
+    held, (num_rows, width) = module.weight.data, module.weight.shape
+    ones = torch.ones(1, 1, dtype=torch.float64, device=held.device)
+    rows = torch.arange(num_rows, dtype=torch.float64, device=held.device).unsqueeze(1)
+    try:
+        module.weight.data = ones.expand(num_rows, width)
+        scale = module.forward(*arguments, **keywords)[..., 0].double()
+        module.weight.data = rows.expand(num_rows, width)
+        return torch.stack([module.forward(*arguments, **keywords)[..., 0].double() / scale, scale], -1)
+    finally:
+        module.weight.data = held
 
 
 def _laid_out(name: str, loss: HeadLoss, layout: Layout) -> HeadLoss:
