@@ -89,8 +89,6 @@ class GradientPass:
             for module in self._products():
                 self._swap(module.weight, self.precision.operand(module.weight.data))
                 self.handles.append(module.register_forward_pre_hook(self._round_input, with_kwargs=True))
-        for module in (module for layer in self.layers for module in layer.spread):
-            self.handles.append(module.register_forward_pre_hook(self._spread))
         for layer in self.layers:
             for site, module in layer.sites.items():
                 self.handles.append(module.register_forward_hook(self._hook(layer, site), with_kwargs=True))
@@ -159,12 +157,9 @@ class GradientPass:
         with watched_heads(weights) as self.losses:
             yield
 
-    def _spread(self, module: nn.Module, arguments: tuple) -> tuple:
-        """Numbers that are the same for all rows, as those of positions are, for each row: their gradients differ."""
-        first, *others = arguments or (None,)
-        if others or not isinstance(first, Tensor) or first.dim() < 2 or not len(first) == 1 < self.num_rows:
-            return arguments
-        return (first.expand(self.num_rows, *first.shape[1:]),)
+    def _is_shared(self, layer: TrackedLayer, output: Tensor) -> bool:
+        """Whether a module looked up for all rows what each row has its own gradient of, as positions are."""
+        return layer.is_spread and output.dim() > 2 and len(output) == 1 < self.num_rows
 
     def _products(self) -> Iterator[nn.Module]:
         """What emulated bfloat16 rounds."""
@@ -191,6 +186,8 @@ class GradientPass:
             if not self.is_forward:  # a checkpoint that is computed again on the way back
                 return output
             seen = layer.read(name, arguments, keywords)
+            if self._is_shared(layer, output):
+                seen, output = (x.expand(self.num_rows, *x.shape[1:]) for x in (seen, output))
             is_copied = name in self.copied
             # Shares memory and version counter with what the model goes on to use.
             self.inputs.setdefault(name, []).append(seen.detach().clone() if is_copied else seen.detach())

@@ -51,6 +51,6 @@ def test_scores_of_all_parameters(case, tmp_path):
     ):
         assert relative_error(scores[strategy], expected) < bound, strategy
     assert id(model.get_input_embeddings().weight) in tracked
-    for part, parameter in model.named_parameters():
-        if "norm" in part.lower() and parameter.requires_grad:
-            assert id(parameter) in tracked, part
+    for part, own in model.named_parameters():
+        if "norm" in part.lower() and "encoder.LayerNorm" not in part:  # DeBERTa's, applied once for all examples
+            assert id(own) in tracked, part

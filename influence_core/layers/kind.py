@@ -31,6 +31,7 @@ class TrackedLayer(ABC):
     has_bias: bool
 
     is_kronecker: ClassVar[bool] = False  # whether covariances of inputs and of output gradients make its Fisher
+    is_spread: ClassVar[bool] = False  # whether what it gives all rows at once is taken apart by rows
     is_product: ClassVar[bool] = False  # whether half precision rounds what it multiplies
 
     # -------------------------------------------------------------------------------------------- what a kind says
@@ -49,11 +50,6 @@ class TrackedLayer(ABC):
     def watched(self) -> Mapping[str, nn.Parameter]:
         """{site: weight} of heads whose losses are wanted, see `watched_heads`."""
         return {}
-
-    @property
-    def spread(self) -> Sequence[nn.Module]:
-        """Sites that may be given one row for all, and then are given as many as the batch has."""
-        return []
 
     def read(self, site: str, arguments: tuple, keywords: Mapping[str, Any]) -> Tensor:
         """What is kept of a call's input."""

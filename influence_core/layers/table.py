@@ -67,7 +67,7 @@ class TableLayer(TrackedLayer):
     embeddings: dict[str, nn.Embedding] = field(default_factory=dict)
     heads: dict[str, nn.Linear] = field(default_factory=dict)
 
-    kind_name: ClassVar[str] = "embeddings"
+    is_spread: ClassVar[bool] = True
 
     @classmethod
     def of(cls, name: str, embeddings: dict[str, nn.Embedding], heads: dict[str, nn.Linear]) -> "TableLayer":
@@ -103,12 +103,8 @@ class TableLayer(TrackedLayer):
     def watched(self):
         return {site: module.weight for site, module in self.heads.items()}
 
-    @property
-    def spread(self):
-        return list(self.embeddings.values())
-
     def read(self, site, arguments, keywords):
-        """The numbers of rows; of an embedding that makes them, or scales what it looks up, [..., 2], beside the scale."""
+        """The numbers of rows; of an embedding that makes them or scales what it looks up [..., 2], with the scale."""
         module = self.embeddings.get(site)
         if module is None or type(module) is nn.Embedding:
             return super().read(site, arguments, keywords)

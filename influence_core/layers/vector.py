@@ -4,7 +4,6 @@ What multiplies the weight is asked of the module itself, so a weight that is ke
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +17,6 @@ class VectorLayer(TrackedLayer):
     """A module whose own parameters are "weight" [d] and, where there is one, "bias" [d]: a matrix of one column."""
 
     module: nn.Module
-
-    kind_name: ClassVar[str] = "norms"
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
