@@ -8,6 +8,10 @@ from transformers.pytorch_utils import Conv1D
 from influence_core.captured import Positions
 from influence_core.errors import UserError
 from influence_core.layers import find_tracked_layers, trackable_layer_names
+from influence_core.layers.finding import other_layer_names
+from influence_core.layers.matrix import MatrixLayer
+from influence_core.layers.table import TableLayer
+from influence_core.layers.vector import VectorLayer
 from tests.tiny import TinyModel
 
 
@@ -31,7 +35,8 @@ class Model(nn.Module):
         self.same_bias, self.other_bias = nn.Linear(4, 4), nn.Linear(4, 4)
         self.other_bias.bias = self.same_bias.bias
         self.doubling = Doubling(4, 4)
-        self.norm = nn.LayerNorm(4)
+        self.norm, self.dropout = nn.LayerNorm(4), nn.Dropout()
+        self.renormed = nn.Embedding(11, 4, max_norm=1.0)
         self.blocks = nn.ModuleList([nn.Linear(4, 6), Conv1D(5, 6)])
         self.alias = self.blocks[0]
 
@@ -102,15 +107,15 @@ def test_no_names_and_no_layers_are_refused():
     "names, message",
     [
         (["doubling"], "doubling is a Doubling; only"),
-        (["norm"], "norm is a LayerNorm; only"),
-        (["embedding"], "embedding is a Embedding; only"),
+        (["dropout"], "dropout is a Dropout; only"),
         (["blocks"], "blocks is a ModuleList; only"),
-        (["head"], "head shares its weight"),
+        (["renormed"], "renormed changes its rows"),
+        (["embedding", "head"], "embedding and head are the same"),
         (["twin"], "twin shares its weight"),
         (["blocks.1", "other_twin"], "other_twin shares its weight"),
         (["same_bias"], "same_bias shares its weight"),
-        (["blocks.0", "alias"], "blocks.0 and alias are the same module"),
-        (["blocks.1", "blocks.1"], "blocks.1 and blocks.1 are the same module"),
+        (["blocks.0", "alias"], "blocks.0 and alias are the same"),
+        (["blocks.1", "blocks.1"], "blocks.1 and blocks.1 are the same"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -126,3 +131,14 @@ def test_what_is_near_to_that_is_not_refused():
     assert find_tracked_layers(model, ["alias", "blocks.1"])[0].module is model.blocks[0]
     assert "doubling" not in trackable_layer_names(model)
     assert "blocks.1" in trackable_layer_names(model)
+
+
+def test_each_kind_is_known_by_its_module():
+    """A head that is tied to an embedding is one table with it, whichever of the two is named."""
+    model = Model()
+    kinds = [MatrixLayer, MatrixLayer, VectorLayer, TableLayer]
+    layers = find_tracked_layers(model, ["blocks.0", "blocks.1", "norm", "embedding"])
+    assert [type(layer) for layer in layers] == kinds
+    (head,) = find_tracked_layers(model, ["head"])
+    assert head.sites == layers[-1].sites == {"embedding": model.embedding, "head": model.head}
+    assert other_layer_names(model) == ["embedding", "norm", "renormed"]

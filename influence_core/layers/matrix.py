@@ -41,7 +41,10 @@ class MatrixLayer(TrackedLayer):
             return cls(name, module.in_features, module.out_features, module.bias is not None, module)
         if type(module) is Conv1D:
             return cls(name, *module.weight.shape, has_bias=True, module=module)
-        raise UserError(f"layer {name} is a {type(module).__name__}; only nn.Linear and GPT-2's Conv1D can be tracked")
+        raise UserError(
+            f"layer {name} is a {type(module).__name__}; only nn.Linear, GPT-2's Conv1D, embeddings and "
+            "norms can be tracked"
+        )
 
     @property
     def sites(self):
