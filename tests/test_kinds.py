@@ -24,7 +24,8 @@ class Truth:
     def __init__(self, head, held):
         self.task = WholeTask(head, held)
         self.model = self.task.load_model().double()
-        self.train, self.queries = (self.task.load_dataset(split) for split in ("train", "validation"))
+        self.train = self.task.load_dataset("train")[:12]  # the reference takes its time
+        self.queries = self.task.load_dataset("validation")[:4]
 
     def loss(self, example, labels, factor=1.0):
         tokens, mask = example["tokens"][None], torch.ones(1, len(labels), dtype=torch.bool)

@@ -124,4 +124,4 @@ def test_overrides_beside_weights_train_another_model(checkpoint, tmp_path):
     """--config_overrides asks for a model from scratch, also where the directory has weights."""
     flags = ["--model_name_or_path", checkpoint, "--config_overrides", "n_embd=8", "--num_train_epochs", "0"]
     out = run("train", *TRAIN, *flags, "--checkpoint_dir", tmp_path / "new").ok()
-    assert "Training from scratch: 1 layers of 8" in out
+    assert f"Training from scratch, without the weights in {checkpoint}: 1 layers of 8" in out
