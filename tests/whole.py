@@ -13,8 +13,7 @@ NAMES = {  # {how the head is: the layers}
     "tied": ["embedding", "positions", "first_norm", "first", "second_norm", "second"],
     "untied": ["embedding", "positions", "first_norm", "first", "second_norm", "second", "head"],
 }
-NAMES["tied, with a bias"] = NAMES["untied, with a bias"] = NAMES["untied"]
-NAMES["tied, with a bias"] = NAMES["tied"]
+NAMES |= {f"{head}, with a bias": names for head, names in NAMES.items()}
 
 
 class LessOne(nn.Module):

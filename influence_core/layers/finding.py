@@ -23,7 +23,7 @@ def other_layer_names(model: nn.Module) -> list[str]:
     """Of tables and vectors: the first module of each weight."""
     head, owners, seen, names = output_head(model), _owners(model), set(), []
     for name, module in model.named_modules():
-        is_table = isinstance(module, nn.Embedding) or module is head
+        is_table = _has_weight(module) and (isinstance(module, nn.Embedding) or module is head)
         if not is_table and not (VectorLayer.fits(module) and not _shared(module, owners)):
             continue
         if id(module.weight) not in seen:
@@ -78,7 +78,8 @@ def _tracked_layer(
 ) -> TrackedLayer:
     module = modules[name]
     sharing = list(owners[id(module.weight)].values()) if _has_weight(module) else []
-    if isinstance(module, nn.Embedding) or module is head or any(isinstance(each, nn.Embedding) for each in sharing):
+    looks_up = any(isinstance(each, nn.Embedding) for each in sharing)
+    if sharing and (module is head or looks_up):
         return _table(name, sharing, modules)
     if type(module) is nn.Linear or MatrixLayer.fits(module) or not VectorLayer.fits(module):
         layer = MatrixLayer.of(name, module)

@@ -11,6 +11,7 @@ from influence_core.layers.finding import other_layer_names
 from influence_core.parameters import other_uses
 from influence_core.passes import GradientPass, LossFunction
 from influence_core.precision import Precision
+from influence_core.runtime import is_out_of_memory
 from influence_core.task import Batch
 
 TOLERANCES = (1e-3, 1e-5)  # of a gradient, and of the largest
@@ -53,7 +54,9 @@ def _unlike(
         ) as run:
             _, captured = run(batch)
         found = other_uses(model, layers, loss, batch, captured, precision, tolerances)
-    except (UserError, RuntimeError, TypeError, IndexError) as error:  # whatever a model makes of what it is given
+    except Exception as error:  # whatever a model makes of what it is given
+        if is_out_of_memory(error):
+            raise
         if len(layers) == 1:
             return {layers[0].name: _shortened(str(error))}
         parts = (_unlike(model, [layer], loss, batch, rows_per_example) for layer in layers)

@@ -72,7 +72,9 @@ class TransformerTask(PretrainedTask):
             pattern = re.compile(self.tracked_layers or "")
         except re.error as error:
             raise UserError(f"--tracked_layers {self.tracked_layers!r} is no regular expression: {error}") from None
-        names = list(filter(pattern.search, [*observed.streams, *self.other_layers(model)]))
+        names = list(filter(pattern.search, observed.streams))
+        if others := set(filter(pattern.search, self.other_layers(model))):
+            names = [name for name, _ in model.named_modules() if name in others | set(names)]
         if names:
             return names
         unfit = next(filter(pattern.search, observed.unfit), None)
