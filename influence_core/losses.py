@@ -170,7 +170,7 @@ def linear_cross_entropy(
     weight: Tensor,
     labels: Tensor,
     uniforms: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORED,
 ) -> Tensor:
     """Summed cross-entropy of softmax(hidden @ weight^T), against labels or labels sampled from it.
 
@@ -199,7 +199,9 @@ def linear_cross_entropy(
 
 
 @torch.compiler.disable
-def cross_entropy(logits: Tensor, labels: Tensor, uniforms: Tensor | None = None, ignore_index: int = -100) -> Tensor:
+def cross_entropy(
+    logits: Tensor, labels: Tensor, uniforms: Tensor | None = None, ignore_index: int = IGNORED
+) -> Tensor:
     """Summed cross-entropy of softmax(logits), as `linear_cross_entropy`, in float32 at least.
 
     Args:

@@ -81,10 +81,7 @@ def _tracked_layer(
     looks_up = any(isinstance(each, nn.Embedding) for each in sharing)
     if sharing and (module is head or looks_up):
         return _table(name, sharing, modules)
-    if type(module) is nn.Linear or MatrixLayer.fits(module) or not VectorLayer.fits(module):
-        layer = MatrixLayer.of(name, module)
-    else:
-        layer = VectorLayer.of(name, module)
+    layer = (VectorLayer if VectorLayer.fits(module) else MatrixLayer).of(name, module)
     if _shared(module, owners):
         raise UserError(
             f"layer {name} shares its weight with another module (tied weights): its own gradient would be only "

@@ -8,10 +8,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from influence_core.errors import UserError
+from influence_core.losses import IGNORED
 from influence_core.task import EXAMPLE_INDEX
 from influence_core.tasks.columns import Text
 from influence_core.tasks.example import MEASUREMENT
-from influence_core.tasks.head import IGNORED
 from influence_core.tasks.language_model import LanguageModelTask
 from influence_core.tasks.observed import undisturbed
 from influence_core.tasks.pretrained import PretrainedTask

@@ -18,7 +18,6 @@ from influence_core.losses import cross_entropy, linear_cross_entropy
 
 AMPLIFIED = (1.0, 1e3)  # hidden states times these: a soft cap shows where logits are large
 PROVEN_ON = 16  # positions
-IGNORED = -100  # as a label: a position that carries no loss
 
 
 @contextmanager

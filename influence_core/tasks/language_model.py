@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from influence_core.labels import LabelSampler
 from influence_core.layers.finding import output_head
+from influence_core.losses import IGNORED
 from influence_core.task import Batch
 from influence_core.tasks.example import MEASUREMENT, is_main_process
-from influence_core.tasks.head import IGNORED, TokenScores, head_is_matrix, token_scores
+from influence_core.tasks.head import TokenScores, head_is_matrix, token_scores
 from influence_core.tasks.observed import undisturbed
 from influence_core.tasks.transformer import TransformerTask, unwrapped
 

@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, T5Config
 
 from influence_core.errors import UserError
+from influence_core.losses import IGNORED
 from influence_core.task import EXAMPLE_INDEX
 from influence_core.tasks.example import MEASUREMENT
-from influence_core.tasks.head import IGNORED
 from influence_core.tasks.language_model import LanguageModelTask
 from influence_core.tasks.pretrained import PretrainedTask
 from influence_core.tasks.prompts import PROMPT_FLAG, Prompt
