@@ -11,11 +11,11 @@ from dailymail_t5.task import DailyMailTask
 from influence_core import analysis
 from influence_core.errors import UserError
 from influence_core.labels import LabelSampler
+from influence_core.losses import IGNORED
 from influence_core.runtime import Runtime
 from influence_core.study import Study
 from influence_core.tasks.demo_corpus import DEMO_CORPUS, demo_summaries
 from influence_core.tasks.example import MEASUREMENT
-from influence_core.tasks.head import IGNORED
 from influence_core.tasks.metrics import rouge
 from tests import reference
 from tests.scripts import SHARED, run

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from dailymail_t5.task import DailyMailTask
 from influence_core.labels import LabelSampler
+from influence_core.losses import IGNORED
 from influence_core.tasks.classification import negative_margin
-from influence_core.tasks.head import IGNORED
 from swag_roberta.task import SwagTask
 from wikitext_gpt2.task import WikiTextTask
 
