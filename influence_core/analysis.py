@@ -17,9 +17,10 @@ from influence_core.passes import LossFunction
 from influence_core.probing import Probe, probe
 from influence_core.runtime import is_out_of_memory
 from influence_core.scores.batch_sizes import fit_batch_sizes
-from influence_core.scores.pairwise import compute_pairwise_scores, pairwise_score_store
+from influence_core.scores.pairwise import compute_pairwise_scores
 from influence_core.scores.plan import Plan, Work, make_plan, plan_flops
 from influence_core.scores.plan_text import describe_plan
+from influence_core.scores.stored import pairwise_score_store
 from influence_core.storage import require_writable
 from influence_core.study import Study
 
@@ -52,10 +53,7 @@ def analyze(
         if not len(dataset):
             raise UserError(f"the {name} is empty")
     require_writable(study.output_dir)
-    if not study.overwrite:  # refuse before the work rather than after it
-        for name in strategy_names:
-            refuse_foreign_factors(study, name)
-            pairwise_score_store(study, name, query_dataset, damping).manifest()
+    refuse_foreign_results(study, strategy_names, query_dataset, damping)
     fits_factors = any(strategy.needs_lambda or strategy.in_eigenbasis for strategy in strategies)
     checked = check_contract(study, query_dataset, fits_factors)
     work = Work(
@@ -92,6 +90,16 @@ def analyze(
     return compute_pairwise_scores(
         study, factor_stores, query_dataset, plan, damping, work.query_batch_size, work.train_batch_size
     )
+
+
+def refuse_foreign_results(
+    study: Study, strategy_names: Sequence[str], query_dataset: Sequence[Any], damping: Damping
+) -> None:
+    """Raise UserError, before the work rather than after it, for stored results that were made otherwise."""
+    if not study.overwrite:
+        for name in strategy_names:
+            refuse_foreign_factors(study, name)
+            pairwise_score_store(study, name, query_dataset, damping).manifest()
 
 
 def available_memory(study: Study, memory_budget: int | None) -> tuple[int, int]:

@@ -39,6 +39,7 @@ class Study:
         overwrite: compute stages again although finished results are stored.
         scores_suffix: part of the scores' directory, to keep several side by side (dampings, say).
         progress_interval: seconds between two notes of progress, from which a killed stage goes on.
+        profiler: the stage table, where several studies share one.
     """
 
     task: InfluenceTask
@@ -50,10 +51,11 @@ class Study:
     overwrite: bool = False
     scores_suffix: str = ""
     progress_interval: float = 60.0
+    profiler: Profiler | None = None
 
     def __post_init__(self):
         self.output_dir = Path(self.output_dir)
-        self.profiler = Profiler(self.runtime)
+        self.profiler = self.profiler or Profiler(self.runtime)
         self.watch = FiniteWatch(self.runtime.device)
         self.live: set[str] = set()  # layers that a gradient of the training loss was seen to reach
         self.copied: set[str] = set()  # layers whose input or output the model changes in place

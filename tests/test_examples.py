@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from influence_core.experiments.arguments import SCRIPTS as FLAGS_OF
+from influence_core.experiments.flags import SCRIPTS as FLAGS_OF
 from tests.scripts import ROOT, run
 
 EXAMPLES = {"wikitext_gpt2": "WikiTextTask", "swag_roberta": "SwagTask", "dailymail_t5": "DailyMailTask"}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from scipy.stats import spearmanr
+from scipy.stats import linregress, spearmanr
 
 from influence_core.experiments.arguments import parse
 from influence_core.experiments.bank import Retraining
@@ -100,6 +100,26 @@ def test_the_figures_are_drawn_from_what_is_stored(evaluated, place):
     again = run("evaluate_lds", *place, *LDS).ok()
     assert again == evaluated and bank_files(place) == before
     assert_drawn(figure, 4)
+    assert_drawn(place[-1] / "calibration.png", 2)
+
+
+def test_calibration_is_of_the_scores_that_have_a_scale(evaluated, place):
+    """By hand: the change is predicted to be the scores' sum over what was left out, by the number of examples."""
+    result = stored(place, "lds")["calibration"]
+    assert set(result) == {"ekfac", "ekfac_half"}
+    row = result["ekfac"]
+    masks, outcomes = {}, {}
+    for path in (output_dir(place) / "retrainings").glob("*.safetensors"):
+        entry = load_file(path)
+        masks[entry["mask"].numpy().tobytes()] = entry["mask"].double()
+        outcomes.setdefault(entry["mask"].numpy().tobytes(), []).append(entry["measurement"])
+    left_out = 1 - torch.stack(list(masks.values()))
+    predicted = (left_out @ scores(place, "ekfac").double().T / NUM_TRAIN).numpy()
+    actual = torch.stack([torch.stack(pair).mean(0) for pair in outcomes.values()]).numpy()
+    lines = [linregress(a, b) for a, b in zip(predicted.T, actual.T)]
+    assert row["slope_per_query"] == pytest.approx([line.slope for line in lines], rel=1e-4)
+    assert row["r_squared_per_query"] == pytest.approx([line.rvalue**2 for line in lines], rel=1e-4)
+    assert f"slope {row['slope']:.3g}, R^2 {row['r_squared']:.3f}" in evaluated
 
 
 def test_the_counterfactual_from_end_to_end(evaluated, place):

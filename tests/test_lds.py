@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
+from influence_core.experiments.calibration import calibrate, calibration_lines
 from influence_core.experiments.lds import (
     bootstrap,
     linear_datamodeling_scores,
@@ -102,3 +103,17 @@ def test_choosing_on_one_half_and_reporting_on_the_other():
     chosen = choose({"even": SCORES, "odd": other}, MASKS, outcomes[:, None])
     assert chosen["best"] == "even" and chosen["chosen_on"]["even"] == pytest.approx(1)
     assert chosen["reported_on"]["odd"] == pytest.approx(1) and chosen["reported_on"]["even"] < 0.5
+
+
+def test_calibration_finds_a_planted_slope():
+    """With noise of a known variance, which takes its share of R^2; and says nothing where nothing was predicted."""
+    masks = (np.random.default_rng(1).random((4000, 30)) < 0.5).astype(float)
+    changes = -masks @ SCORES.T / 30
+    noise = np.random.default_rng(2).normal(size=changes.shape) * changes.std(0)
+    row = calibrate(SCORES, 30.0, masks, 7.0 + 0.25 * (changes + noise))
+    assert row["slope_per_query"] == pytest.approx(np.full(4, 0.25), rel=0.1)
+    assert row["r_squared_per_query"] == pytest.approx(np.full(4, 0.5), abs=0.05)
+    assert row["slope"] == pytest.approx(np.median(row["slope_per_query"]))
+    none = calibrate(np.zeros_like(SCORES), 30.0, masks, changes)
+    assert none["slope"] == none["r_squared"] == 0
+    assert len(calibration_lines({"ekfac": row, "zero": none})) == 3 and not calibration_lines({})

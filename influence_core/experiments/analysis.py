@@ -2,15 +2,20 @@
 
 import textwrap
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from influence_core.analysis import analyze
+from influence_core.averaging import analyze_checkpoints
 from influence_core.experiments.arguments import check_size, parse, run_script
 from influence_core.experiments.checkpoints import require_checkpoint, require_same_data
+from influence_core.experiments.flags import LAST
+from influence_core.experiments.trajectory import chosen_checkpoints
+from influence_core.profiler import Profiler
 from influence_core.runtime import Runtime
 from influence_core.study import Study
 from influence_core.tasks.adapters import is_adapter
@@ -29,40 +34,53 @@ def main(task_class: type[ExampleTask], description: str, argv: list[str] | None
 
 def _analyze(task_class: type[ExampleTask], arguments) -> None:
     require_checkpoint(task_class, arguments)
+    is_last = arguments.checkpoints == LAST
+    several = {} if is_last else chosen_checkpoints(arguments.checkpoint_dir, arguments.checkpoints)
     runtime = Runtime.start(
         arguments.use_ddp, arguments.use_half_precision, arguments.use_compile, arguments.seed, bool(arguments.use_tf32)
     )
     task = task_class(**arguments.task)
     task.tracked_layers, task.tracked_kinds = arguments.tracked_layers, arguments.track
-    model = task.load_model(arguments.checkpoint_dir).to(runtime.device)
+    model = task.load_model(arguments.checkpoint_dir)
     unused = [flag for flag in task.flags_of_a_start if flag in arguments.given]
     if unused and not is_adapter(arguments.checkpoint_dir):
         flags = ", ".join(f"--{flag}" for flag in unused)
         runtime.print(f"Note: {flags}: for train.py; analyzed is the model in {arguments.checkpoint_dir}")
     train_dataset, query_dataset = load_datasets(task, arguments)
     num_train, num_queries = len(train_dataset), len(query_dataset)
-    study = Study(
-        task,
-        model,
-        train_dataset,
-        Path(arguments.output_dir),
-        runtime,
-        use_empirical_fisher=bool(arguments.use_empirical_fisher),
-        overwrite=bool(arguments.overwrite),
-        scores_suffix=arguments.scores_suffix or "",
-    )
+    profiler, output_dir = Profiler(runtime), Path(arguments.output_dir)
+
+    def study_of(model: nn.Module, name: str = "") -> Study:
+        return Study(
+            task,
+            model,
+            train_dataset,
+            output_dir / name,
+            runtime,
+            use_empirical_fisher=bool(arguments.use_empirical_fisher),
+            overwrite=bool(arguments.overwrite),
+            scores_suffix=arguments.scores_suffix or "",
+            profiler=profiler,
+        )
+
+    def study_of_step(name: str) -> Study:
+        return study_of(task.load_model(several[name]).to(runtime.device), name)
+
+    study = study_of(model.to(runtime.device) if is_last else model)
     for note in coverage_notes(task, model, study.layers, was_asked="tracked_layers" in arguments.given):
         runtime.print(note)
-    scores = analyze(
-        study,
-        arguments.factor_strategy,
-        query_dataset,
-        damping=arguments.damping_factor,
-        query_batch_size=_batch_size(arguments, "query_batch_size", num_queries, runtime),
-        train_batch_size=_batch_size(arguments, "train_batch_size", num_train, runtime),
-        factor_batch_size=_batch_size(arguments, "factor_batch_size", num_train, runtime),
-        memory_budget=None if arguments.memory_budget_gb is None else int(arguments.memory_budget_gb * 1e9),
-    )
+    what = {"strategy_names": arguments.factor_strategy, "query_dataset": query_dataset}
+    what |= {
+        "damping": arguments.damping_factor,
+        "query_batch_size": _batch_size(arguments, "query_batch_size", num_queries, runtime),
+        "train_batch_size": _batch_size(arguments, "train_batch_size", num_train, runtime),
+        "factor_batch_size": _batch_size(arguments, "factor_batch_size", num_train, runtime),
+        "memory_budget": None if arguments.memory_budget_gb is None else int(arguments.memory_budget_gb * 1e9),
+    }
+    if is_last:
+        scores = analyze(study, **what)
+    else:
+        scores = analyze_checkpoints(study, {name: partial(study_of_step, name) for name in several}, **what)
     runtime.print(f"\n{study.profiler.table()}\n")
     peak, planned = gigabytes(runtime.peak_memory()), gigabytes(study.planned_memory)
     runtime.print(f"Peak memory {peak} (planned {planned})\n")

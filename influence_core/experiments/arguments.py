@@ -14,12 +14,9 @@ from pathlib import Path
 
 from influence_core.errors import UserError
 from influence_core.experiments.checkpoints import read_training_record
-from influence_core.factors.strategies import HEURISTIC, HEURISTIC_SCALE, STRATEGIES, damping_scale
+from influence_core.experiments.flags import LAST, RECIPE_FLAGS, SCRIPTS, TRACKED, add_shared_arguments, trains
+from influence_core.factors.strategies import STRATEGIES, damping_scale
 from influence_core.tasks.example import ExampleTask, is_main_process
-
-RECIPE_FLAGS = ("train_batch_size", "learning_rate", "weight_decay", "num_train_epochs", "use_half_precision")
-
-TRACKED = ("blocks", "all")  # by --track
 
 COMMON_DEFAULTS = {
     "preset": "full",
@@ -34,6 +31,7 @@ COMMON_DEFAULTS = {
     "factor_strategy": ["ekfac"],
     "damping_factor": 1e-8,
     "track": TRACKED[0],
+    "checkpoints": LAST,
     "query_batch_size": 32,
     "train_batch_size.analyze": 64,
     "factor_batch_size": 64,
@@ -81,7 +79,7 @@ def parse(task_class: type[ExampleTask], script: str, description: str, argv: li
     )
     task_flags = task_class.flag_names()
     task_class.add_arguments(parser)
-    _add_shared_arguments(parser)
+    add_shared_arguments(parser)
     for add in SCRIPTS[script]:
         add(parser)
     _describe_defaults(parser, task_class, script)
@@ -95,7 +93,7 @@ def parse(task_class: type[ExampleTask], script: str, description: str, argv: li
     values["preset"] = preset
     if script != "train":
         record = read_training_record(given.get("checkpoint_dir", values["checkpoint_dir"]))
-        recipe = RECIPE_FLAGS if _add_recipe_arguments in SCRIPTS[script] else ()
+        recipe = RECIPE_FLAGS if trains(script) else ()
         kept = {flag: record[flag] for flag in (*task_flags, "num_train", *recipe) if flag in record}
         values = _over(values, kept, task_class)
     values = _over(values, given, task_class)
@@ -136,122 +134,12 @@ def _place(value: str | None) -> str | None:
 
 def _defaults(defaults: dict, script: str) -> dict:
     """Those of the script: "flag", "flag.train" where it trains, and "flag.script"."""
-    trains = _add_recipe_arguments in SCRIPTS[script]
     chosen = {flag: value for flag, value in defaults.items() if "." not in flag}
-    for suffix in (".train" if trains else None, f".{script}"):
+    for suffix in (".train" if trains(script) else None, f".{script}"):
         chosen |= {
             flag.removesuffix(suffix): value for flag, value in defaults.items() if suffix and flag.endswith(suffix)
         }
     return chosen
-
-
-def _add_shared_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", help="full or demo: sets defaults only, any flag overrides it")
-    parser.add_argument("--checkpoint_dir", help="where train.py leaves the model and analyze.py finds it")
-    parser.add_argument("--num_train", type=int, help="use the first so many training examples (default: all)")
-    parser.add_argument("--seed", type=int, help="of everything random")
-
-
-def _add_pass_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--use_half_precision", action="store_true", help="bfloat16 model and products, float32 sums")
-    parser.add_argument("--train_batch_size", type=int, help="training examples in one pass")
-
-
-def _add_overwrite_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--overwrite", action="store_true", help="compute and store again what is stored already")
-
-
-def _add_tracked_layers_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--track", help="blocks: linear layers but the output head; all: embeddings, norms and head too"
-    )
-    parser.add_argument("--tracked_layers", metavar="REGEX", help="only layers in whose name this is found (default: "
-                        "all that can be tracked but the output head)")  # fmt: skip
-
-
-def _add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--eval_batch_size", type=int, help="examples in one pass of evaluation")
-    parser.add_argument("--learning_rate", type=float, help="of AdamW, fixed")
-    parser.add_argument("--weight_decay", type=float, help="of AdamW")
-    parser.add_argument("--num_train_epochs", type=int, help="passes over the training set")
-
-
-def _add_result_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output_dir", help="where factors, scores and the results of experiments lie")
-    parser.add_argument("--num_queries", type=int, help="use the first so many validation examples (default: all)")
-
-
-def _add_analyze_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--factor_strategy", nargs="+", help=f"one or more of {', '.join(STRATEGIES)}; several share "
-                        "the pass over the training set")  # fmt: skip
-    parser.add_argument("--damping_factor", type=damping, help="an absolute number; or 0.5x: 0.5 x the layer's mean "
-                        f"eigenvalue; or {HEURISTIC}, which is {HEURISTIC_SCALE}x")  # fmt: skip
-    _add_tracked_layers_argument(parser)
-    parser.add_argument("--scores_suffix", help="store the scores in scores_<strategy>_<suffix>, to keep those of "
-                        "several dampings")  # fmt: skip
-    parser.add_argument("--use_empirical_fisher", action="store_true", help="factors from the data's own labels")
-    parser.add_argument(
-        "--query_batch_size",
-        type=int,
-        help="queries in one forward and backward pass, at most: fewer where memory is short",
-    )
-    parser.add_argument("--factor_batch_size", type=int, help="the same of training examples, when fitting factors")
-    parser.add_argument("--memory_budget_gb", type=float, help="memory to use at most (default: what is free)")
-    parser.add_argument("--use_tf32", action="store_true", help="float32 products of a GPU in TF32: faster, less exact")
-    parser.add_argument("--use_compile", action="store_true", help="torch.compile the forward and backward pass")
-    parser.add_argument("--use_ddp", action="store_true", help="several processes; launch with torchrun")
-    parser.add_argument("--show_queries", type=int, help="show so many queries with their most influential sequence")
-
-
-def _add_figure_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--figure_dir", help="where the figure goes")
-
-
-def _add_retraining_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--scores", nargs="+", help="what to evaluate: NAME of <output_dir>/scores_NAME, a path, or "
-                        "tfidf, a baseline that knows no model (default: all of --output_dir, and tfidf)")  # fmt: skip
-    parser.add_argument("--num_repeats", type=int, help="retrainings of each subset, with other seeds")
-    parser.add_argument("--bank_dir", help="where retrainings are kept (default: <output_dir>/retrainings)")
-
-
-def _add_lds_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--num_masks", type=int, help="random subsets of the training set")
-    parser.add_argument("--subset_fraction", type=float, help="of the training set, in each subset")
-    parser.add_argument("--masks", help="ground truth made elsewhere: a file [subsets, training examples] of 0 and 1")
-    parser.add_argument("--measurements", help="with --masks: a file [subsets, queries] or [subsets, repeats, queries]")
-    parser.add_argument("--allow_pickle", action="store_true", help="read such files also where they are pickles, that "
-                        "may run any code: only your own")  # fmt: skip
-    parser.add_argument("--choose", action="store_true", help="also choose the best of --scores on one half of the "
-                        "subsets and report it on the other")  # fmt: skip
-    parser.add_argument("--show_query", type=int, help="show this query with its most influential sequence")
-
-
-def _add_counterfactual_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--num_counterfactual_queries", type=int, help="sum the scores over the first so many queries")
-    parser.add_argument("--removal_sizes", type=int, nargs="+", help="numbers of training examples to remove")
-
-
-def _add_half_precision_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--factor_strategy", nargs=1, help="whose scores to compare")
-    _add_tracked_layers_argument(parser)
-    parser.add_argument("--scores_suffix", help="that of the scores, if they were stored with one")
-    parser.add_argument("--show_query", type=int, help="the query whose scores are drawn")
-
-
-SCRIPTS = {
-    "train": [_add_pass_arguments, _add_recipe_arguments, _add_overwrite_argument],
-    "analyze": [_add_result_arguments, _add_pass_arguments, _add_analyze_arguments, _add_overwrite_argument],
-    "evaluate_lds": [_add_result_arguments, _add_retraining_arguments, _add_lds_arguments, _add_figure_arguments,
-                     _add_pass_arguments, _add_recipe_arguments],
-    "run_counterfactual": [_add_result_arguments, _add_retraining_arguments, _add_counterfactual_arguments,
-                           _add_figure_arguments, _add_pass_arguments, _add_recipe_arguments],
-    "half_precision_analysis": [_add_result_arguments, _add_half_precision_arguments, _add_figure_arguments],
-}  # fmt: skip
-
-
-def damping(text: str) -> float | str:
-    """A damping as the strategies take it: a number, or text that they understand."""
-    return text if text == HEURISTIC or text.endswith("x") else float(text)
 
 
 def _describe_defaults(parser: argparse.ArgumentParser, task_class: type[ExampleTask], script: str) -> None:
@@ -294,6 +182,11 @@ def _check_values(arguments: argparse.Namespace) -> None:
     suffix = getattr(arguments, "scores_suffix", None)
     if suffix is not None and (not re.fullmatch(r"[\w.-]+", suffix) or suffix == "half"):
         raise UserError(f"--scores_suffix is a word of letters, digits and -_. other than half, not {suffix!r}")
+    if getattr(arguments, "save_at", None):
+        arguments.save_at = sorted(set(arguments.save_at))
+        if arguments.save_at[-1] > arguments.num_train_epochs:
+            raise UserError(f"--save_at {arguments.save_at[-1]:g} is after the end of a training of "
+                            f"{arguments.num_train_epochs} epochs")  # fmt: skip
     track = getattr(arguments, "track", None)
     if track not in (None, *TRACKED):
         raise UserError(f"--track is {' or '.join(TRACKED)}, not {track}")

@@ -17,6 +17,7 @@ from influence_core.tasks import adapters
 from influence_core.tasks.example import ExampleTask, is_main_process
 
 TRAINING_RECORD = "training.json"  # the flags that made it, and DATA
+UNFINISHED = {"unfinished": True}  # the record while there is no other
 DATA = "train_dataset"  # in the record: the fingerprint of the training examples
 CONFIGS = (CONFIG_NAME, adapters.CONFIG)  # what a checkpoint has one of: a whole model's, or an adapter's
 
@@ -38,8 +39,8 @@ def read_training_record(checkpoint_dir: str) -> dict:
 def require_checkpoint(task_class: type[ExampleTask], arguments) -> None:
     """Raise UserError, with the command that makes one, if --checkpoint_dir has no checkpoint."""
     checkpoint_dir = Path(arguments.checkpoint_dir)
-    if not _is_checkpoint(checkpoint_dir):
-        inner = sorted(path for path in checkpoint_dir.glob("*/") if _is_checkpoint(path))
+    if not is_checkpoint(checkpoint_dir):
+        inner = sorted(path for path in checkpoint_dir.glob("*/") if is_checkpoint(path))
         if inner:
             raise UserError(f"no checkpoint in {checkpoint_dir} itself, name the one in it that is meant with "
                             f"--checkpoint_dir: {', '.join(map(str, inner))}")  # fmt: skip
@@ -49,7 +50,8 @@ def require_checkpoint(task_class: type[ExampleTask], arguments) -> None:
         )
 
 
-def _is_checkpoint(directory: Path) -> bool:
+def is_checkpoint(directory: Path) -> bool:
+    """Whether a model or an adapter lies there."""
     return any((directory / name).exists() for name in CONFIGS)
 
 
@@ -73,7 +75,7 @@ def save_checkpoint(checkpoint_dir: Path, task: ExampleTask, model, record: dict
     try:
         task.save_model(model, temporary)
         task.tokenizer.save_pretrained(temporary)
-        write_json(checkpoint_dir / TRAINING_RECORD, {"unfinished": True})
+        write_json(checkpoint_dir / TRAINING_RECORD, UNFINISHED)
         for name in CONFIGS:
             (checkpoint_dir / name).unlink(missing_ok=True)
         for pattern in WEIGHTS:
@@ -88,6 +90,12 @@ def save_checkpoint(checkpoint_dir: Path, task: ExampleTask, model, record: dict
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def mark_unfinished(checkpoint_dir: Path) -> None:
+    """Let a directory without a checkpoint be known as train.py's own."""
+    if not read_training_record(checkpoint_dir):
+        write_json(Path(checkpoint_dir) / TRAINING_RECORD, UNFINISHED)
+
+
 def is_finished(checkpoint_dir: Path, record: dict, data: Callable[[], str]) -> bool:
     """Whether it was trained with the flags of a record, and on these data.
 
@@ -97,7 +105,7 @@ def is_finished(checkpoint_dir: Path, record: dict, data: Callable[[], str]) -> 
         UserError: it was trained otherwise.
     """
     stored = read_training_record(checkpoint_dir)
-    if not stored:
+    if not stored or stored == UNFINISHED:
         return False
     remedy = "use --overwrite to train again, or choose another --checkpoint_dir"
     differing = differences(stored, json.loads(json.dumps(record)))

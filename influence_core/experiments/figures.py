@@ -64,6 +64,29 @@ def draw_counterfactual(result_path: Path, figure_path: Path) -> Path:
         return _save(figure, figure_path)
 
 
+def draw_calibration(result_path: Path, figure_path: Path) -> Path:
+    """Actual against predicted changes of every query over the subsets, a panel a method."""
+    methods = json.loads(Path(result_path).read_text())["calibration"]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(0.6 + 4.2 * len(methods), 4.4), layout="constrained")
+        panels = figure.subplots(1, len(methods), squeeze=False)[0]
+        for number, (axes, (name, row)) in enumerate(zip(panels, methods.items())):
+            predicted, actual = np.ravel(row["predicted"]), np.ravel(row["actual"])
+            look = {"color": COLOURS[number % len(COLOURS)], "linewidths": 0}
+            axes.scatter(predicted, actual, 6, alpha=np.clip(500 / len(actual), 0.15, 1), **look)
+            ends = np.array([predicted.min(), predicted.max()])
+            axes.plot(ends, row["slope"] * ends, color="black", label=f"median slope {row['slope']:.3g}")
+            shown = np.clip(ends, actual.min(), actual.max())  # or the points would be a line
+            axes.plot(shown, shown, color="black", linewidth=0.8, linestyle="--", label="equal")
+            axes.locator_params(nbins=6)
+            axes.ticklabel_format(scilimits=(-3, 3))
+            axes.set_xlabel("predicted change of the measurement")
+            axes.set_title(f"{name}: median $R^2$ {row['r_squared']:.2f}", fontsize=11)
+            axes.legend(loc="upper left", fontsize=9)
+        panels[0].set_ylabel("actual change, from the subsets' mean")
+        return _save(figure, figure_path)
+
+
 def draw_half_precision(result_path: Path, figure_path: Path) -> Path:
     """One query's scores in bfloat16 against those in float32."""
     result = json.loads(Path(result_path).read_text())

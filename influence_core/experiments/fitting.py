@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -72,12 +73,22 @@ class _OnDevice:
             yield {key: value.to(self.device) for key, value in batch.items()}
 
 
-def fit(task: ExampleTask, model: nn.Module, dataset, recipe: Recipe, seed: int, accelerator, bar: tqdm | None = None):
+def fit(
+    task: ExampleTask,
+    model: nn.Module,
+    dataset,
+    recipe: Recipe,
+    seed: int,
+    accelerator,
+    bar: tqdm | None = None,
+    after_step: Callable[[int, nn.Module], None] = lambda step, model: None,
+) -> nn.Module:
     """Train the model; returns it as `accelerator` (an Accelerator or OneDevice) wrapped it.
 
     Args:
         seed: of the order of the examples; that of dropout is torch's own generator.
         bar: moved on at every step.
+        after_step: called with the number of steps done and the model, which it leaves as it is.
     Raises:
         UserError: the loss is NaN or infinite.
     """
@@ -106,6 +117,7 @@ def fit(task: ExampleTask, model: nn.Module, dataset, recipe: Recipe, seed: int,
                     bar.set_postfix(loss=f"{value:.3f}", refresh=False)
             if bar is not None:
                 bar.update()
+            after_step(done, model)
     return model
 
 

@@ -12,7 +12,7 @@ from influence_core.storage import differences, write_json
 from influence_core.tasks.example import ExampleTask
 
 RESULT = "half_precision.json"
-OF_PRECISION = {"dtype", "factors"}  # settings in which the two may differ
+OF_PRECISION = {"dtype", "factors", "scores"}  # settings in which the two may differ
 
 
 def main(task_class: type[ExampleTask], description: str, argv: list[str] | None = None) -> None:

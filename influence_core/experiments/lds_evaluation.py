@@ -12,6 +12,7 @@ from influence_core.experiments import figures
 from influence_core.experiments.analysis import describe_query
 from influence_core.experiments.arguments import check_size, parse, run_script
 from influence_core.experiments.bank import Retraining
+from influence_core.experiments.calibration import calibrate, calibration_lines
 from influence_core.experiments.lds import (
     bootstrap,
     linear_datamodeling_scores,
@@ -48,6 +49,11 @@ def _evaluate(task_class: type[ExampleTask], arguments) -> None:
             result["chosen"] = choose(scores, masks, measurements)
     except ValueError as error:
         raise UserError(f"there is no rank correlation: {error}") from None
+    result["calibration"] = {
+        name: calibrate(each.matrix, each.scale, masks, measurements.mean(1))
+        for name, each in stored.items()
+        if each.scale is not None
+    }
     result["settings"] = experiment.settings | {"scores": {name: each.settings for name, each in stored.items()}}
     write_json(experiment.output_dir / RESULT, result)
     first = next(iter(scores))
@@ -61,6 +67,8 @@ def _evaluate(task_class: type[ExampleTask], arguments) -> None:
     )
     print(f"\n{described}\n{table(result)}\n")
     experiment.draw(RESULT, figures.draw_lds, "lds.png")
+    if result["calibration"]:
+        experiment.draw(RESULT, figures.draw_calibration, "calibration.png")
 
 
 def ground_truth(experiment: Experiment) -> tuple[np.ndarray, np.ndarray]:
@@ -201,6 +209,7 @@ def table(result: dict) -> str:
         lines.append("Differences (paired bootstrap):")
         for name, row in result["differences"].items():
             lines.append(f"  {name}: {row['lds']:+.3f} [{row['interval'][0]:+.3f}, {row['interval'][1]:+.3f}]")
+    lines += calibration_lines(result.get("calibration", {}))
     if "chosen" in result:
         chosen = result["chosen"]
         lines.append(f"Chosen on the even subsets: {chosen['best']}. Mean LDS on the even and on the odd subsets:")

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from influence_core.errors import UserError
 from influence_core.experiments.analysis import load_datasets
-from influence_core.experiments.arguments import RECIPE_FLAGS, check_size
+from influence_core.experiments.arguments import check_size
 from influence_core.experiments.bank import Retraining, RetrainingBank
 from influence_core.experiments.checkpoints import read_training_record, require_checkpoint
 from influence_core.experiments.fitting import OneDevice, Recipe, evaluate, fit
+from influence_core.experiments.flags import RECIPE_FLAGS
+from influence_core.experiments.trajectory import saved_checkpoints
 from influence_core.fingerprints import dataset_fingerprint, model_fingerprint
 from influence_core.storage import differences, require_writable
 from influence_core.tasks.example import ExampleTask
@@ -53,6 +55,12 @@ class Experiment:
     def checkpoint_fingerprint(self) -> str:
         """Of the trained model, as scores name it."""
         return model_fingerprint(self.task.load_model(self.arguments.checkpoint_dir))
+
+    @cached_property
+    def step_fingerprints(self) -> list[str]:
+        """Of the checkpoints that the training left on its way: their scores are of the same training."""
+        directories = saved_checkpoints(self.arguments.checkpoint_dir)
+        return [model_fingerprint(self.task.load_model(directory)) for directory in directories]
 
     @property
     def settings(self) -> dict[str, Any]:

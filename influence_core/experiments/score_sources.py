@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from influence_core.errors import UserError
-from influence_core.scores.pairwise import SCORES
+from influence_core.scores.stored import SCORES
 from influence_core.storage import StageStore, differences
 
 TFIDF = "tfidf"
@@ -26,6 +26,7 @@ class Scores:
 
     matrix: np.ndarray  # [queries, training examples]
     settings: dict[str, Any]
+    scale: float | None = None  # score / scale: the predicted change of leaving the example out; None: ranks alone
 
 
 def load_all_scores(names: Sequence[str] | None, experiment, baseline: bool = True) -> dict[str, Scores]:
@@ -57,39 +58,44 @@ def _load(name: str, experiment) -> Scores:
     if name == TFIDF:
         texts = ([experiment.task.describe(x) for x in part] for part in experiment.datasets)
         return Scores(tfidf_scores(*texts), {})
-    path = next((path for path in (experiment.output_dir / f"scores_{name}", Path(name)) if path.exists()), None)
+    stored = experiment.output_dir / Path(name).with_name(f"scores_{Path(name).name}")  # step-12/ekfac: a checkpoint's
+    path = next((path for path in (stored, Path(name)) if path.exists()), None)
     if path is None:
         stored = [path.name.removeprefix("scores_") for path in sorted(experiment.output_dir.glob("scores_*"))]
         there = f"there are {', '.join(stored)}" if stored else "there are none"
         raise UserError(f"no scores {name!r} in {experiment.output_dir} ({there}), and no such path")
     if (path / "pairwise_scores.json").exists():
-        matrix, settings = _load_own(name, path, experiment)
+        scores = _load_own(name, path, experiment)
     else:  # made elsewhere
-        file, settings = path / FILE if path.is_dir() else path, {}
+        file = path / FILE if path.is_dir() else path
         try:
-            matrix = load_file(file)[SCORES].float().numpy()
+            scores = Scores(load_file(file)[SCORES].float().numpy(), {})
         except (OSError, SafetensorError, KeyError) as error:
             raise UserError(f"{file} can't be read as scores, a safetensors file with {SCORES!r} ({error})") from None
-    _check_shape(name, matrix.shape, experiment)
-    if not np.isfinite(matrix).all():
+    _check_shape(name, scores.matrix.shape, experiment)
+    if not np.isfinite(scores.matrix).all():
         raise UserError(f"scores {name!r} hold numbers that are not finite")
-    return Scores(matrix, settings)
+    return scores
 
 
-def _load_own(name: str, path: Path, experiment) -> tuple[np.ndarray, dict[str, Any]]:
+def _load_own(name: str, path: Path, experiment) -> Scores:
     """What analyze.py stored, of this checkpoint and these data."""
     store = StageStore(path, "pairwise_scores", {})
-    settings = store.manifest()["settings"]
+    manifest = store.manifest()
+    settings = manifest["settings"]
     _check_shape(name, (settings["num_queries"], settings["num_train"]), experiment)
     queries, train = experiment.dataset_fingerprints
     expected = {"model": experiment.checkpoint_fingerprint, "train_dataset": train, "query_dataset": queries}
+    if settings["model"] != expected["model"] and settings["model"] in experiment.step_fingerprints:
+        expected["model"] = settings["model"]
     differing = differences(settings, expected)
     if differing:
         raise UserError(
             f"scores {name!r} in {path} are not of the checkpoint {experiment.arguments.checkpoint_dir} and its data: "
             f"{differing}; run analyze.py on it again, or name another --checkpoint_dir or --output_dir"
         )
-    return store.load()["pairwise_scores"][SCORES].numpy(), settings
+    matrix = store.load()["pairwise_scores"][SCORES].numpy()
+    return Scores(matrix, settings, manifest["counts"].get("scale"))
 
 
 def _check_shape(name: str, shape: Sequence[int], experiment) -> None:

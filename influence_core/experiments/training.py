@@ -13,9 +13,24 @@ from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from influence_core.errors import UserError
-from influence_core.experiments.arguments import RECIPE_FLAGS, check_size, parse, run_script
-from influence_core.experiments.checkpoints import DATA, is_finished, refuse_foreign_directory, save_checkpoint
+from influence_core.experiments.arguments import check_size, parse, run_script
+from influence_core.experiments.checkpoints import (
+    DATA,
+    is_finished,
+    mark_unfinished,
+    refuse_foreign_directory,
+    save_checkpoint,
+)
 from influence_core.experiments.fitting import Recipe, evaluate, fit
+from influence_core.experiments.flags import RECIPE_FLAGS
+from influence_core.experiments.trajectory import (
+    NUM_STEPS,
+    SAVED,
+    STEP,
+    forget_other_steps,
+    saved_steps,
+    step_directory,
+)
 from influence_core.fingerprints import dataset_fingerprint
 from influence_core.storage import require_writable
 from influence_core.tasks.example import ExampleTask, is_main_process
@@ -31,7 +46,7 @@ def _train(task_class: type[ExampleTask], arguments) -> None:
     refuse_foreign_directory(checkpoint_dir, arguments.task)
     task = task_class(**arguments.task)
     record = arguments.task | task.found_flags()
-    record |= {flag: getattr(arguments, flag) for flag in ("seed", "num_train", *RECIPE_FLAGS)}
+    record |= {flag: getattr(arguments, flag) for flag in ("seed", "num_train", "save_at", *RECIPE_FLAGS)}
     record["num_processes"] = int(os.environ.get("WORLD_SIZE", 1))
     if not arguments.overwrite and is_finished(checkpoint_dir, record, lambda: _data(task, arguments)):
         if is_main_process():
@@ -55,13 +70,29 @@ def _train(task_class: type[ExampleTask], arguments) -> None:
         f"{len(splits['validation'])} validation examples; {accelerator.num_processes} x {accelerator.device}"
     )
     recipe = Recipe.from_arguments(arguments)
-    with tqdm(total=recipe.num_steps(num_train, accelerator.num_processes), desc="Train", unit="step",
-              disable=not accelerator.is_main_process) as bar:  # fmt: skip
-        model = accelerator.unwrap_model(fit(task, model, splits["train"], recipe, arguments.seed, accelerator, bar))
+    num_steps = recipe.num_steps(num_train, accelerator.num_processes)
+    saved = saved_steps(arguments.save_at, recipe.num_train_epochs, num_steps)
+    record[DATA] = dataset_fingerprint(splits["train"])
+
+    def save(directory: Path, model: torch.nn.Module, more: dict[str, Any]) -> None:
+        _require_finite(task, model, splits["train"][: recipe.train_batch_size], accelerator)
+        if accelerator.is_main_process:
+            save_checkpoint(directory, task, model, record | more)
+
+    def after_step(step: int, model: torch.nn.Module) -> None:
+        if any(step == at for _, at in saved):
+            mark_unfinished(checkpoint_dir)
+            save(step_directory(checkpoint_dir, step), accelerator.unwrap_model(model), {STEP: step})
+            model.train()
+
+    with tqdm(total=num_steps, desc="Train", unit="step", disable=not accelerator.is_main_process) as bar:
+        model = fit(task, model, splits["train"], recipe, arguments.seed, accelerator, bar, after_step)
+        model = accelerator.unwrap_model(model)
     _let_go_of_wrappers(accelerator)
-    _require_finite(task, model, splits["train"][: recipe.train_batch_size], accelerator)
-    if accelerator.is_main_process:  # before the evaluation, that may fail: it can be done again, without training
-        save_checkpoint(checkpoint_dir, task, model, record | {DATA: dataset_fingerprint(splits["train"])})
+    # Before the evaluation, that may fail: it can be done again, without training.
+    save(checkpoint_dir, model, {NUM_STEPS: num_steps, SAVED: saved})
+    if accelerator.is_main_process:
+        forget_other_steps(checkpoint_dir, [step for _, step in saved])
         print(f"Checkpoint: {checkpoint_dir}", flush=True)
     accelerator.wait_for_everyone()
     for split, dataset in splits.items():

@@ -12,7 +12,8 @@ arXiv:2308.03296, section 3.1.
 """
 
 import math
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -93,6 +94,17 @@ class Strategy:
     def of(self, layer: TrackedLayer) -> "Strategy":
         """Itself, or the diagonal one in its place at a layer of no such factors."""
         return self if layer.is_kronecker or not self.in_eigenbasis else STRATEGIES["diagonal"]
+
+    def scale(self, num_train: int, num_positions: Mapping[str, int] | None = None) -> float | None:
+        """score / scale is the change that leaving the example out is predicted to make; None where only ranks count.
+
+        Args:
+            num_positions: by layer, over which the covariances are means: F is one over as many, and not over examples,
+                where no Lambda corrects it. Their median counts for all layers.
+        """
+        if self.needs_lambda:
+            return float(num_train)
+        return float(statistics.median(num_positions.values())) if self.in_eigenbasis and num_positions else None
 
 
 STRATEGIES = {

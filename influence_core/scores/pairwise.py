@@ -19,34 +19,13 @@ from torch import Tensor
 from influence_core.batches import order_examples, share, shares
 from influence_core.captured import Captured, captured_bytes
 from influence_core.factors.strategies import Damping, Preconditioner, find_strategy
-from influence_core.fingerprints import dataset_fingerprint
 from influence_core.layers import Parts, TrackedLayer
 from influence_core.scores.gradients import PerSampleGradients, slices
 from influence_core.scores.overflow import overflow
 from influence_core.scores.plan import Plan, preconditioning_chunk
+from influence_core.scores.stored import SCORES, pairwise_score_store, score_scale
 from influence_core.storage import StageStore, Tensors
 from influence_core.study import Study
-
-SCORES = "all_modules"  # name of the stored tensor [queries, training examples]
-
-
-def pairwise_score_store(
-    study: Study,
-    strategy_name: str,
-    query_dataset: Sequence[Any],
-    damping: Damping,
-    factor_stores: dict[str, StageStore] | None = None,
-) -> StageStore:
-    """Where a strategy's scores lie; without `factor_stores` only what is known before fitting is compared."""
-    settings = {
-        "strategy": strategy_name,
-        "query_dataset": dataset_fingerprint(query_dataset),
-        "num_queries": len(query_dataset),
-        "damping": damping if strategy_name != "identity" else None,
-    }
-    if factor_stores is not None:
-        settings["factors"] = {stage: store.checksum() for stage, store in factor_stores.items()}
-    return study.score_store(study.result_name(strategy_name), **settings)
 
 
 def compute_pairwise_scores(
@@ -79,10 +58,12 @@ def compute_pairwise_scores(
         job = _PairwiseJob(study, todo, factor_stores, query_dataset, plan, damping, query_batch_size, train_batch_size)
         scores = job.run(stores[todo[0]], made_by)
         with study.profiler("Save Pairwise Score"):
-            counts = {"num_queries": len(query_dataset), "num_train": len(study.train_dataset)}
+            num_train = len(study.train_dataset)
             for name, block in zip(todo, scores):
+                counts = {"num_queries": len(query_dataset), "num_train": num_train}
+                counts["scale"] = score_scale(name, num_train, factor_stores[name])
                 stores[name].save_columns(
-                    "pairwise_scores", SCORES, block, job.columns, counts["num_train"], counts, study.runtime
+                    "pairwise_scores", SCORES, block, job.columns, num_train, counts, study.runtime
                 )
     with study.profiler("Load Pairwise Score"):
         return {name: store.load()["pairwise_scores"][SCORES] for name, store in stores.items()}

@@ -1,0 +1,42 @@
+"""Where pairwise scores lie, and what is stored with them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from influence_core.factors.strategies import Damping, find_strategy
+from influence_core.fingerprints import dataset_fingerprint
+from influence_core.storage import StageStore
+from influence_core.study import Study
+
+SCORES = "all_modules"  # name of the stored tensor [queries, training examples]
+
+
+def pairwise_score_store(
+    study: Study,
+    strategy_name: str,
+    query_dataset: Sequence[Any],
+    damping: Damping,
+    factor_stores: dict[str, StageStore] | None = None,
+    checkpoints: Sequence[str] | None = None,
+) -> StageStore:
+    """Where a strategy's scores lie; without `factor_stores` only what is known before fitting is compared.
+
+    Args:
+        checkpoints: names of those whose mean the scores are, where they are one.
+    """
+    settings = {
+        "strategy": strategy_name,
+        "query_dataset": dataset_fingerprint(query_dataset),
+        "num_queries": len(query_dataset),
+        "damping": damping if strategy_name != "identity" else None,
+        "checkpoints": None if checkpoints is None else list(checkpoints),
+    }
+    if factor_stores is not None:
+        settings["factors"] = {stage: store.checksum() for stage, store in factor_stores.items()}
+    return study.score_store(study.result_name(strategy_name), **settings)
+
+
+def score_scale(strategy_name: str, num_train: int, stores: dict[str, StageStore]) -> float | None:
+    """What a strategy's scores are divided by to be changes, see `Strategy.scale`; from the stores of its factors."""
+    counts = stores["covariance"].manifest()["counts"] if "covariance" in stores else {}
+    return find_strategy(strategy_name).scale(num_train, counts.get("num_positions"))
