@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,7 +23,9 @@ class Calls:
 
     def to(self, operand: Callable[[Tensor], Tensor]) -> "Calls":
         """The same as operands of products."""
-        return Calls(list(map(operand, self.inputs)), list(map(operand, self.output_gradients)))
+        return replace(
+            self, inputs=list(map(operand, self.inputs)), output_gradients=list(map(operand, self.output_gradients))
+        )
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Layout:
     position_counts: set[int]  # how many positions a row has anywhere in the batch
     mask: Callable[[str], Tensor | None]  # of a layer's positions, [rows, positions]
     operand: Callable[[Tensor], Tensor]  # a tensor as it enters a product
+    as_in_pass: Callable[[], AbstractContextManager] = nullcontext  # inside, modules compute as they did in the pass
 
 
 class Captured(ABC):

@@ -41,6 +41,9 @@ def check_contract(study: Study, query_dataset: Sequence[Any], fits_factors: boo
     """
     start = time.perf_counter()
     _refuse_unfit_weights(study.model, study.runtime.precision)
+    if study.task.post_processes and any(layer.is_spread for layer in study.layers):
+        raise UserError("a task that post-processes gradients is given those of a whole batch, which of an embedding "
+                        "or a head would be as large as the vocabulary: leave these out")  # fmt: skip
     on_train = Comparison(study, study.train_dataset, _pair(study, study.train_dataset), "training loss")
     on_queries = Comparison(study, query_dataset, _pair(study, query_dataset), "measurement")
     with_data_labels = on_train.prove(study.task.train_loss)

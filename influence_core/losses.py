@@ -83,7 +83,7 @@ def add_head_gradient(loss: HeadLoss, weight: Tensor, out: Tensor) -> None:
 
     Args:
         loss: of hidden states [t, d].
-        weight: [v, d]; out: the same, in the dtype of products or of sums.
+        weight: [v, d]; out: the same, in the dtype of sums.
     Cost: 4 t d v FLOPs.
     """
     if loss.scale is None:
@@ -96,11 +96,7 @@ def add_head_gradient(loss: HeadLoss, weight: Tensor, out: Tensor) -> None:
         logits = _logits(precision, seen, operand_weight, buffer)
         probabilities = torch.softmax(logits, -1, out=None if buffer is None else logits)
         gradient = _of_logits(probabilities, targets[rows, None], len(weight), precision)
-        seen = seen * loss.scale.to(seen.dtype)
-        if out.dtype == precision.sum_dtype:
-            precision.add_matmul(out, gradient.t(), seen)
-        else:
-            out += precision.matmul(gradient.t(), seen)
+        precision.add_matmul(out, gradient.t(), seen * loss.scale.to(seen.dtype))
 
 
 def _chunks(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor | None]]:

@@ -126,18 +126,23 @@ class GradientPass:
             else:
                 loss, gradients = self._run_eager(batch)
                 self.probe_shapes[shapes] = {name: [x.shape for x in xs] for name, xs in self.outputs.items()}
+        captured = self.capture(batch, gradients)
+        self.forget()
+        if self.find_active:
+            find_active_positions(captured.values())
+        return loss.detach(), captured
+
+    def capture(self, batch: Batch, gradients: dict[str, list[Tensor]]) -> dict[str, Captured]:
+        """What each layer keeps of the batch that was run."""
         layout = Layout(
             len(batch[EXAMPLE_INDEX]),
             self.rows_per_example,
             position_counts([x for calls in self.inputs.values() for x in calls], batch),
             partial(self.position_mask, batch),
             self.precision.operand,
+            partial(self.precision.autocast, next(self.model.parameters()).device),
         )
-        captured = {layer.name: layer.capture(self._calls(layer, gradients), layout) for layer in self.layers}
-        self.forget()
-        if self.find_active:
-            find_active_positions(captured.values())
-        return loss.detach(), captured
+        return {layer.name: layer.capture(self._calls(layer, gradients), layout) for layer in self.layers}
 
     def _calls(self, layer: TrackedLayer, gradients: dict[str, list[Tensor]]) -> dict[str, Calls]:
         """Of each site of the layer that was called; forgotten here."""

@@ -43,17 +43,16 @@ def probe(run: GradientPass, batch: Batch) -> Probe:
         forward_flops = counter.total
         kept = [x for calls in (*run.inputs.values(), *run.outputs.values()) for x in calls]
         gradients = run.gradients(loss, run.outputs)
-    losses = run.losses
     for tensor in [*kept, *(x for calls in gradients.values() for x in calls)]:
         note(tensor)
     num_bytes = sum(storage.nbytes() for storage in storages.values())
-    run.forget()
     positions = {site: float(sum(x[..., 0].numel() for x in calls)) for site, calls in gradients.items()}
     active = {site: sum(float(has_gradient(x).sum()) for x in calls) for site, calls in gradients.items()}
     for layer in run.layers:
         for site, weight in layer.watched.items():
-            of_losses = sum(float((loss.targets != IGNORED).sum()) for loss in losses[id(weight)])
+            of_losses = sum(float((loss.targets != IGNORED).sum()) for loss in run.losses[id(weight)])
             positions[site], active[site] = (counts.get(site, 0) + of_losses for counts in (positions, active))
-    numbers = sum(layer.captured_numbers(positions) for layer in run.layers)
-    captured_bytes = int(numbers * run.precision.product_dtype.itemsize)
+    storages.clear()
+    captured_bytes = sum(x.nbytes for each in run.capture(batch, gradients).values() for x in each.tensors)
+    run.forget()
     return Probe(num_bytes, 0, captured_bytes, forward_flops, counter.total - forward_flops, positions, active)

@@ -76,7 +76,7 @@ class Study:
             "model": model_fingerprint(self.model),
             "train_dataset": dataset_fingerprint(self.train_dataset),
             "num_train": len(self.train_dataset),
-            "tracked_layers": [layer.name for layer in self.layers],
+            "tracked_layers": [layer.label for layer in self.layers],
             "dtype": self.runtime.precision.name,
         }
 

@@ -61,7 +61,7 @@ class WholeTask(TinyTask):
         super().__init__(layers=NAMES[head])
         self.head, self.held = head, held
 
-    def load_model(self, checkpoint_dir=None):
+    def load_model(self, checkpoint_dir=None, shared=False):
         torch.manual_seed(0)
         model = WholeModel(self.head)
         with torch.no_grad():

@@ -82,7 +82,11 @@ class LambdaSums:
 
     @staticmethod
     def _add_squares(total: Tensor, gradients: Tensor) -> None:
-        total += gradients.square_().sum(0)[:, : total.shape[1]]
+        if len(gradients) == 1:  # no second matrix at hand, which may be as large as a vocabulary
+            gradient = gradients[0, :, : total.shape[1]]
+            total.addcmul_(gradient, gradient)
+        else:
+            total += gradients.square_().sum(0)[:, : total.shape[1]]
 
     def means(self, layers: list[TrackedLayer], num_examples: int) -> dict[str, Tensors]:
         """{"lambda_matrix": {layer: [out, in(+1)]}}"""

@@ -28,6 +28,7 @@ from influence_core.storage import Tensors
 
 HEURISTIC = "heuristic"
 HEURISTIC_SCALE = 0.1
+ROWS_AT_ONCE = 4096  # of eigenvalues that are inverted in float64: a vocabulary has many
 
 Damping = float | str  # an absolute number; "0.5x": 0.5 x the layer's mean eigenvalue; or HEURISTIC, that is "0.1x"
 
@@ -69,14 +70,16 @@ def damped_inverse(layer: TrackedLayer, eigenvalues: Tensor, damping: Damping, i
     Raises:
         UserError: the inverse is beyond the range of the eigenvalues' dtype.
     """
-    scale, exact = damping_scale(damping), eigenvalues.double()
-    inverse = (exact + (damping if scale is None else scale * exact.mean())).reciprocal()
+    scale, mean = damping_scale(damping), eigenvalues.mean(dtype=torch.float64)
+    added = damping if scale is None else scale * mean
+    inverse = torch.empty_like(eigenvalues)
+    for some, into in zip(eigenvalues.split(ROWS_AT_ONCE), inverse.split(ROWS_AT_ONCE)):
+        into.copy_((some.double() + added).reciprocal_())
     if scale is not None and not is_live:
-        inverse = inverse.masked_fill(~exact.any(), 0)
-    inverse = inverse.to(eigenvalues.dtype)
+        inverse.masked_fill_(~eigenvalues.any(), 0)
     if not inverse.isfinite().all():
         raise UserError(
-            f"some eigenvalues of layer {layer.name} (mean {float(exact.mean()):.1e}) are so small that the damped "
+            f"some eigenvalues of layer {layer.name} (mean {float(mean):.1e}) are so small that the damped "
             f"inverse is beyond {str(eigenvalues.dtype).removeprefix('torch.')}'s range: raise --damping_factor, or "
             "leave the layer out"
         )

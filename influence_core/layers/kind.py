@@ -80,9 +80,15 @@ class TrackedLayer(ABC):
     def gradient_flops(self, positions: Mapping[str, float]) -> float:
         """Of one example's gradient, from the positions that have a gradient at each site."""
 
-    @abstractmethod
-    def captured_numbers(self, positions: Mapping[str, float]) -> float:
-        """Numbers that are kept of so many positions at each site."""
+    @property
+    def label(self) -> str:
+        """The name, as stored results know the layer."""
+        return self.name
+
+    @property
+    def scratch_numbers(self) -> int:
+        """Numbers at hand while a gradient is summed in more digits than products have."""
+        return 0
 
     # ------------------------------------------------------------------------------------------------ what is shared
 

@@ -75,6 +75,3 @@ class MatrixLayer(TrackedLayer):
 
     def gradient_flops(self, positions):
         return 2 * positions[self.name] * self.num_parameters
-
-    def captured_numbers(self, positions):
-        return positions[self.name] * (self.in_features + self.out_features)

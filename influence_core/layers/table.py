@@ -18,6 +18,7 @@ from influence_core.captured import Calls, Captured, Layout, Positions, lay_out
 from influence_core.errors import UserError
 from influence_core.layers.kind import TrackedLayer
 from influence_core.losses import HeadLoss, add_head_gradient
+from influence_core.precision import active_precision
 
 
 @dataclass
@@ -91,6 +92,15 @@ class TableLayer(TrackedLayer):
         return cls(name, weight.shape[1], weight.shape[0], bool(biases), embeddings, heads)
 
     @property
+    def label(self):
+        return f"{self.name} (table)"
+
+    @property
+    def scratch_numbers(self):
+        """A gradient's sum, and a product that is added to it."""
+        return 2 * self.num_parameters
+
+    @property
     def sites(self):
         return {**self.embeddings, **self.heads}
 
@@ -117,7 +127,7 @@ class TableLayer(TrackedLayer):
             if site in self.embeddings:
                 padding = self.embeddings[site].padding_idx
                 lookups.append(self._lookups(of_module, layout, padding))
-            elif not of_module.losses:  # else it made what a loss by chunks has no use for
+            elif _is_used(of_module):
                 logits.append(lay_out(self.name, of_module.to(layout.operand), None, layout))
         return Rows(lookups, logits, losses)
 
@@ -125,7 +135,7 @@ class TableLayer(TrackedLayer):
         numbers, gradients = [], []
         for ids, gradient in zip(calls.inputs, calls.output_gradients):
             if ids.is_floating_point():
-                ids, gradient = ids[..., 0].round().long(), gradient * ids[..., 1:].to(gradient.dtype)
+                ids, gradient = self._found(ids[..., 0]), gradient * ids[..., 1:].to(gradient.dtype)
             numbers.append(ids.unsqueeze(-1))
             gradients.append(layout.operand(gradient))
         laid_out = lay_out(self.name, Calls(numbers, gradients), None, layout)
@@ -134,26 +144,42 @@ class TableLayer(TrackedLayer):
             gradients = gradients.masked_fill((ids == padding).unsqueeze(-1), 0)
         return ids, gradients
 
+    def _found(self, numbers: Tensor) -> Tensor:
+        """The numbers of rows that an embedding told of, see `_asked`."""
+        ids = numbers.round()
+        if not bool(((ids - numbers).abs() < 1e-3).all() & (ids >= 0).all() & (ids < self.out_features).all()):
+            raise UserError(f"layer {self.name} makes something else of its rows than to look them up and scale them: "
+                            "it can't be tracked")  # fmt: skip
+        return ids.long()
+
     def gradient_parts(self, captured: Rows, out=None):
         """Cost: of a head 2 t d v FLOPs, and as many again where its logits were not held."""
-        n, v, d = len(captured), self.out_features, self.in_features
+        n = len(captured)
         out = self.empty_parts(captured.tensors[0], n) if out is None else out
-        weight = out[0].view(n, v, d)
-        weight.zero_()
-        if self.has_bias:
-            out[1].zero_()
-        for positions in captured.logits:
-            weight.baddbmm_(positions.output_gradients.transpose(1, 2), positions.activations)
-            if self.has_bias:
-                out[1].add_(positions.output_gradients.sum(1))
-        for loss in captured.losses:  # an example at a time, as the logits of a batch are never held
-            for hidden, targets, of_example in zip(loss.hidden, loss.targets, weight):
-                of_one = replace(loss, hidden=hidden, targets=targets)
-                add_head_gradient(of_one, self.parameters[0].detach(), of_example)
-        first_rows = v * torch.arange(n, device=weight.device).unsqueeze(1)
-        for ids, gradients in captured.lookups:
-            weight.view(n * v, d).index_add_(0, (ids + first_rows).flatten(), gradients.flatten(0, 1).to(weight.dtype))
+        sum_dtype = torch.promote_types(out[0].dtype, torch.float32)
+        for row in range(n):  # one at a time, as the logits of a batch are never held
+            of_example = [part[row] for part in out]
+            sums = [part.zero_() if part.dtype == sum_dtype else torch.zeros_like(part, dtype=sum_dtype)
+                    for part in of_example]  # fmt: skip
+            self._add_gradient(captured[row : row + 1], *sums)
+            for part, total in zip(of_example, sums):
+                if total is not part:  # rounded once
+                    part.copy_(total)
         return out
+
+    def _add_gradient(self, one: Rows, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Add that of one example to sums [v * d] and, where there is a bias, [v]."""
+        weight = weight.view(self.out_features, self.in_features)
+        for positions in one.logits:
+            (hidden,), (gradients,) = positions.activations, positions.output_gradients
+            active_precision(hidden).add_matmul(weight, gradients.t(), hidden)
+            if bias is not None:
+                bias += gradients.sum(0, dtype=bias.dtype)
+        for loss in one.losses:
+            of_one = replace(loss, hidden=loss.hidden[0], targets=loss.targets[0])
+            add_head_gradient(of_one, self.parameters[0].detach(), weight)
+        for (ids,), (gradients,) in one.lookups:
+            weight.index_add_(0, ids, gradients.to(weight.dtype))
 
     def parameter_gradient(self, parameter, captured: Rows):
         part = 0 if parameter is self.parameters[0] else 1
@@ -163,9 +189,6 @@ class TableLayer(TrackedLayer):
     def gradient_flops(self, positions):
         of_heads = sum(positions.get(site, 0) for site in self.heads)
         return 4 * of_heads * self.num_parameters + self.num_parameters
-
-    def captured_numbers(self, positions):
-        return sum(positions.get(site, 0) for site in self.sites) * (self.in_features + 2)
 
 
 @torch.compiler.disable
@@ -179,19 +202,25 @@ def _asked(module: nn.Embedding, arguments: tuple, keywords: Mapping[str, Any]) 
         module.weight.data = ones.expand(num_rows, width)
         scale = module.forward(*arguments, **keywords)[..., 0].double()
         module.weight.data = rows.expand(num_rows, width)
-        return torch.stack([module.forward(*arguments, **keywords)[..., 0].double() / scale, scale], -1)
+        numbers = module.forward(*arguments, **keywords)[..., 0].double() / scale
+        return torch.stack([numbers.masked_fill(scale == 0, 0), scale], -1)
     finally:
         module.weight.data = held
 
 
 def _laid_out(name: str, loss: HeadLoss, layout: Layout) -> HeadLoss:
     """With the rows of an example folded into its positions."""
-    num_rows = layout.num_examples * (layout.rows_per_example or 1)
-    if loss.hidden.dim() != 3 or len(loss.hidden) % num_rows:
+    num_rows = len(loss.hidden) if layout.rows_per_example is None else layout.num_examples * layout.rows_per_example
+    if loss.hidden.dim() != 3 or len(loss.hidden) != num_rows:
         raise UserError(
             f"the loss of the head {name} was given hidden states of shape {tuple(loss.hidden.shape)}, and must be "
             "given [rows, positions, d], so that they are told apart by example"
         )
     examples = len(loss.hidden) if layout.rows_per_example is None else layout.num_examples
     hidden, targets = (x.reshape(examples, -1, *x.shape[2:]) for x in (loss.hidden, loss.targets))
-    return replace(loss, hidden=layout.operand(hidden), targets=targets)
+    return replace(loss, hidden=layout.operand(hidden), targets=targets, leaf=None)
+
+
+def _is_used(calls: Calls) -> bool:
+    """Whether a head made logits that the loss reads; not where a loss by chunks has no use for them."""
+    return bool(calls.inputs) and not (calls.losses and not any(bool(x.any()) for x in calls.output_gradients))

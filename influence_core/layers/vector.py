@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from influence_core.captured import Calls, Positions, lay_out
+from influence_core.errors import UserError
 from influence_core.layers.kind import TrackedLayer
 
 
@@ -32,6 +33,10 @@ class VectorLayer(TrackedLayer):
         return cls(name, 1, len(module.weight), module._parameters.get("bias") is not None, module)
 
     @property
+    def label(self):
+        return f"{self.name} (vector)"
+
+    @property
     def sites(self):
         return {self.name: self.module}
 
@@ -42,7 +47,11 @@ class VectorLayer(TrackedLayer):
     def capture(self, calls, layout):
         """What multiplies the weight, in place of the input."""
         of_module = calls[self.name]
-        multiplied = [self._multiplied(x) for x in of_module.inputs]
+        with layout.as_in_pass():
+            multiplied = [self._multiplied(x) for x in of_module.inputs]
+        if any(x.shape[-1] != self.out_features for x in multiplied):
+            raise UserError(f"layer {self.name} is a {type(self.module).__name__}, whose weight is not of its last "
+                            "axis: it can't be tracked")  # fmt: skip
         return lay_out(self.name, Calls(multiplied, of_module.output_gradients).to(layout.operand), None, layout)
 
     @torch.no_grad()
@@ -61,9 +70,10 @@ class VectorLayer(TrackedLayer):
 
     def gradient_parts(self, captured: Positions, out=None):
         out = self.empty_parts(captured.activations, len(captured)) if out is None else out
-        torch.sum(captured.output_gradients * captured.activations, dim=1, out=out[0])
+        gradients, multiplied = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in captured.tensors[::-1])
+        out[0].copy_((gradients * multiplied).sum(1))  # rounded once, where products have fewer digits
         if self.has_bias:
-            torch.sum(captured.output_gradients, dim=1, out=out[1])
+            out[1].copy_(gradients.sum(1))
         return out
 
     def parameter_gradient(self, parameter, captured: Positions):
@@ -71,6 +81,3 @@ class VectorLayer(TrackedLayer):
 
     def gradient_flops(self, positions):
         return 3 * positions[self.name] * self.out_features
-
-    def captured_numbers(self, positions):
-        return 2 * positions[self.name] * self.out_features

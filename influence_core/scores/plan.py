@@ -184,6 +184,7 @@ def _peaks(group: list[TrackedLayer], work: Work, tile_size: int, scored_at_once
         at_once = gradient_chunk(layer, work.product_bytes)
         train_buffer = max(train_buffer, min(scored_at_once, at_once) * layer.num_parameters)
     factors = factor_bytes(group, work, preconditioners=True)
+    scratch = scratch_bytes(group, work)
     # A query's gradient is held by its parts, as a matrix, and twice while it is rotated.
     query = (
         work.query_batch_size * work.query.num_bytes
@@ -197,9 +198,14 @@ def _peaks(group: list[TrackedLayer], work: Work, tile_size: int, scored_at_once
         + train_buffer * work.product_bytes
     )
     return {
-        "query gradients": resident + scores + factors + query + logits,
-        "training pass": resident + scores + train + logits,
+        "query gradients": resident + scores + factors + query + logits + scratch,
+        "training pass": resident + scores + train + logits + scratch,
     }
+
+
+def scratch_bytes(layers: list[TrackedLayer], work: Work) -> int:
+    """Of a gradient's sums, where products have fewer digits."""
+    return (work.product_bytes < work.sum_bytes) * work.sum_bytes * max(layer.scratch_numbers for layer in layers)
 
 
 def factor_bytes(layers: list[TrackedLayer], work: Work, preconditioners: bool = False) -> int:
@@ -236,6 +242,7 @@ def fit_peaks(layers: list[TrackedLayer], work: Work) -> dict[str, int]:
             for layer in with_lambda
         )
         peaks["lambda"] = squares * bool(work.num_in_eigenbasis) + lambda_matrices + batch + 2 * buffer
+        peaks["lambda"] += scratch_bytes(with_lambda, work)
     return peaks
 
 

@@ -24,6 +24,8 @@ def coverage_notes(task: ExampleTask, model: nn.Module, layers: Sequence[Tracked
         UserError: nobody asked, and the task's own choice leaves out whole blocks that could be tracked; or the user
             did, and the task does not listen.
     """
+    if task.tracked_kinds == "all" and not isinstance(task, TransformerTask):
+        raise UserError(f"{type(task).__name__} names its layers itself, by tracked_layer_names: leave --track out")
     tracked = {layer.name for layer in layers}
     trackable = could_be_tracked(model)
     unfit = task.observe(model).unfit if isinstance(task, TransformerTask) else {}
@@ -35,8 +37,8 @@ def coverage_notes(task: ExampleTask, model: nn.Module, layers: Sequence[Tracked
         return notes
     _refuse_forgotten_blocks(task, model, tracked, [name for name in trackable if name not in unfit])
     sizes = {name: sum(x.numel() for x in model.get_submodule(name).parameters(recurse=False)) for name in trackable}
-    share = sum(size for name, size in sizes.items() if name in tracked) / sum(sizes.values())
-    if share < 0.5:
+    share = sum(size for name, size in sizes.items() if name in tracked) / max(1, sum(sizes.values()))
+    if sizes and share < 0.5:
         notes.append(f"Note: only {share:.1%} of the parameters of the model's linear layers are tracked")
     return notes
 
