@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from dailymail_t5.task import DailyMailTask
 from influence_core.errors import UserError
 from influence_core.runtime import Runtime
 from influence_core.study import Study
@@ -218,3 +219,19 @@ def test_a_wrong_cell_is_named_by_file(tmp_path):
         write(tmp_path / "data" / f"{name}.jsonl", rows)
     with pytest.raises(UserError, match="row 11 of the train split, row 3 of b.jsonl, has nothing"):
         make_task(WikiTextTask, tmp_path / "data").rows("train")
+
+
+def test_how_many_texts_may_be_cut_is_known(tmp_path):
+    """By stream and flag, the longest row of a question counting; blocks of joined texts are full by their making."""
+    rows = [{"body": "a few words"}, {"body": "many words " * 40}, {"body": "more of them " * 40}]
+    task = make_task(WikiTextTask, write(tmp_path / "d" / "x.jsonl", rows), "--one_row_one_example")
+    assert task.full_examples(task.load_dataset("train")) == {"block_size": sum(
+        len(task.tokenizer(row["body"])["input_ids"]) >= 32 for row in rows[: len(task.load_dataset("train"))]
+    )}  # fmt: skip
+    joined = make_task(WikiTextTask, write(tmp_path / "e" / "x.jsonl", rows))
+    assert joined.full_examples(joined.load_dataset("train")) == {}
+    rows = [dict(PAIRS[0], ask=ask, reply=reply) for ask in ("short", "long " * 60) for reply in ("yes", "no " * 30)]
+    for split in ("train", "validation"):
+        write(tmp_path / "p" / f"{split}.jsonl", rows)
+    task = make_task(DailyMailTask, tmp_path / "p", "--prompt_column", "ask", "--answer_column", "reply")
+    assert task.full_examples(task.load_dataset("train")) == {"max_source_length": 2, "max_target_length": 2}

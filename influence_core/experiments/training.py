@@ -69,6 +69,10 @@ def _train(task_class: type[ExampleTask], arguments) -> None:
         f"{_sizes(model)} parameters; {num_train} training and "
         f"{len(splits['validation'])} validation examples; {accelerator.num_processes} x {accelerator.device}"
     )
+    for flag, count in task.full_examples(splits["train"]).items():
+        if count:
+            accelerator.print(f"Note: {count} of {num_train} training examples fill --{flag} "
+                              f"{getattr(arguments, flag)}: what their texts have beyond it is cut")  # fmt: skip
     recipe = Recipe.from_arguments(arguments)
     num_steps = recipe.num_steps(num_train, accelerator.num_processes)
     saved = saved_steps(arguments.save_at, recipe.num_train_epochs, num_steps)

@@ -83,8 +83,11 @@ class ClassificationTask(TransformerTask):
             resized["token_type_ids"] = resize(example["token_type_ids"], lengths["input_ids"])
         return resized
 
+    def num_tokens(self, example, stream):
+        return max(map(len, self.rows_of(example[stream])))
+
     def length(self, example):
-        return max(map(len, self.rows_of(example["input_ids"])))
+        return self.num_tokens(example, "input_ids")
 
     def collate(self, examples):
         """Padded to the longest row of the batch: what is padding changes no score."""

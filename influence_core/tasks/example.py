@@ -63,6 +63,10 @@ class ExampleTask(InfluenceTask):
         """Where the example at `index` of a split came from, such as "row 7" (from 0) of the user's data."""
         return None
 
+    def full_examples(self, examples: Sequence[Any]) -> dict[str, int]:
+        """{flag that limits tokens: how many of the examples have as many, so that their texts may have been cut}"""
+        return {}
+
     def topic(self, example: Any) -> str | None:
         """A group that the example is known to belong to, if any: lets analyze.py report topic retrieval."""
         return None

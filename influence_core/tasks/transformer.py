@@ -167,6 +167,19 @@ class TransformerTask(PretrainedTask):
         """The example with these numbers of tokens, those within it taken from `tokens`: for small batches."""
         return {**example, **{name: resize(example[name], length, tokens[name]) for name, length in lengths.items()}}
 
+    def num_tokens(self, example: Any, stream: str) -> int:
+        """Of a stream, in the example's longest row."""
+        return len(example[stream])
+
+    def full_examples(self, examples):
+        if not self.has_lengths:  # blocks, that are full by their making
+            return {}
+        limits = {flag: (stream, getattr(self, flag)) for stream, flag in self.position_limits.items()}
+        return {
+            flag: sum(self.num_tokens(example, stream) >= limit for example in examples)
+            for flag, (stream, limit) in limits.items()
+        }
+
     # ------------------------------------------------------------------------------------- the model, fit for the task
 
     def load_model(self, checkpoint_dir):
