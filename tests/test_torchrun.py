@@ -74,6 +74,21 @@ def test_train_and_analyze_under_torchrun(example, tmp_path):
     assert torch.corrcoef(pair)[0, 1] > 0.99  # emulated bfloat16: sampled labels may differ at a boundary
 
 
+@pytest.mark.slow
+def test_several_checkpoints_and_all_parameters_under_torchrun(tmp_path):
+    """Two processes leave and average the same checkpoints as one does."""
+    place = ["--checkpoint_dir", tmp_path / "checkpoint"]
+    train = [*TORCHRUN, "wikitext_gpt2/train.py", *train_flags("wikitext_gpt2"), *place]
+    run_process([*train, "--num_train_epochs", "2", "--save_at", "1", "2"]).ok()
+    analyze = ["--preset", "demo", "--num_queries", NUM_QUERIES, *place, "--checkpoints", "all", "--track", "all"]
+    run_process([*TORCHRUN, "wikitext_gpt2/analyze.py", *analyze, "--use_ddp", "--output_dir", tmp_path / "two"]).ok()
+    run("analyze", *analyze, "--output_dir", tmp_path / "one").ok()
+    file = "scores_ekfac/pairwise_scores.safetensors"
+    pair = torch.stack([load_file(tmp_path / name / file)["all_modules"].flatten() for name in ("one", "two")])
+    assert torch.corrcoef(pair)[0, 1] > 0.999
+    assert len(list((tmp_path / "two").glob(f"step-*/{file}"))) == 2
+
+
 def process_of_rank(rank: int, launcher: int) -> int | None:
     """The process that torchrun (of this process id) started as that rank."""
     for directory in Path("/proc").glob("[0-9]*"):

@@ -85,7 +85,8 @@ def _train(task_class: type[ExampleTask], arguments) -> None:
 
     def after_step(step: int, model: torch.nn.Module) -> None:
         if any(step == at for _, at in saved):
-            mark_unfinished(checkpoint_dir)
+            if accelerator.is_main_process:
+                mark_unfinished(checkpoint_dir)
             save(step_directory(checkpoint_dir, step), accelerator.unwrap_model(model), {STEP: step})
             model.train()
 
