@@ -270,6 +270,13 @@ def test_bad_input_of_run_counterfactual(flags, contains, evaluated, place):
     assert contents(output_dir(place)) == before
 
 
+def test_default_removals_are_those_that_leave_something(place):
+    """Of 64 examples: 50 of 0, 50, 100, 150, 200."""
+    flags = ["--scores", "identity", "--num_repeats", "1", "--num_counterfactual_queries", "2"]
+    run("run_counterfactual", *place, *flags).ok()
+    assert stored(place, "counterfactual")["removal_sizes"] == [0, 50]
+
+
 def test_half_precision_says_which_scores_are_missing_or_made_otherwise(place, tmp_path):
     flags = [*place[: place.index("--output_dir") + 1], tmp_path]
     run("half_precision_analysis", *flags).error("no scores 'ekfac'", "analyze.py --factor_strategy ekfac")

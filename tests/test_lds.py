@@ -1,5 +1,8 @@
 """The linear datamodeling score on planted data: its sign, its ends, and what it refuses."""
 
+import itertools
+import math
+
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
@@ -9,6 +12,7 @@ from influence_core.experiments.lds import (
     bootstrap,
     linear_datamodeling_scores,
     noise_ceiling,
+    p_values,
     predicted_measurements,
     subset_masks,
 )
@@ -117,3 +121,17 @@ def test_calibration_finds_a_planted_slope():
     none = calibrate(np.zeros_like(SCORES), 30.0, masks, changes)
     assert none["slope"] == none["r_squared"] == 0
     assert len(calibration_lines({"ekfac": row, "zero": none})) == 3 and not calibration_lines({})
+
+
+@pytest.mark.parametrize("num_subsets", [3, 4, 6])
+def test_p_values_of_few_subsets_are_those_of_all_permutations(num_subsets):
+    """Four subsets in perfect order are no better than 2 in 24; Student's t would say 0."""
+    perfect = np.arange(num_subsets, dtype=float)[:, None]
+    assert p_values(perfect, perfect) == pytest.approx([2 / math.factorial(num_subsets)])
+    assert p_values(0 * perfect, perfect) == pytest.approx([1.0])
+    predictions, outcomes = np.random.default_rng(0).normal(size=(2, num_subsets, 3))
+    for column, p in enumerate(p_values(predictions, outcomes)):
+        found = abs(spearmanr(predictions[:, column], outcomes[:, column]).statistic)
+        chance = [abs(spearmanr(order, outcomes[:, column]).statistic)
+                  for order in itertools.permutations(predictions[:, column])]  # fmt: skip
+        assert p == pytest.approx(np.mean([each >= found - 1e-9 for each in chance]))

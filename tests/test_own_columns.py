@@ -112,7 +112,7 @@ def test_parts_that_are_not_there(wrong, tmp_path):
         make_task(SwagTask, write(tmp_path / "mine.jsonl", LISTS), *flags).rows("train")
 
 
-@pytest.mark.parametrize("label", ["D", "3", "a", "", "-1", "1.0", 3, -1, True, None])
+@pytest.mark.parametrize("label", ["D", "3", "d", "", "-1", "1.0", 3, -1, True, None])
 def test_labels_that_are_no_ending(label, tmp_path):
     rows = LISTS[:7] + [LISTS[7] | {"key": label}] + LISTS[8:]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -282,3 +282,21 @@ def test_a_column_of_true_and_false_is_no_text(tmp_path):
     """The only other one is found."""
     rows = [{"flag": ("True", "false")[n % 2], "body": text} for n, text in enumerate(TEXTS)]
     assert rows_of(make_task(WikiTextTask, write(tmp_path / "mine.csv", rows)))[0] == {"text": TEXTS[0]}
+
+
+def test_labels_that_count_from_one_are_told_what_to_do(tmp_path):
+    """Leaving those rows out that are beyond the last class would shift all others."""
+    rows = [row | {"gold": 1 + row["gold"]} for row in QUESTIONS]
+    with pytest.raises(UserError, match="they seem to count from 1: subtract 1 from all"):
+        make_task(SwagTask, write(tmp_path / "mine.jsonl", rows), *FLAT).rows("train")
+    rows[3]["gold"] = 0
+    with pytest.raises(UserError, match="mend such rows"):
+        make_task(SwagTask, write(tmp_path / "other.jsonl", rows), *FLAT).rows("train")
+
+
+def test_letters_may_be_small(tmp_path):
+    rows = [row | {"gold": "abc"[row["gold"]]} for row in QUESTIONS]
+    task, plain = (make_task(SwagTask, write(tmp_path / f"{number}.jsonl", each), *FLAT)
+                   for number, each in enumerate((rows, QUESTIONS)))  # fmt: skip
+    labels = [[example["label"] for example in each.load_dataset("train")] for each in (task, plain)]
+    assert labels[0] == labels[1]

@@ -8,7 +8,7 @@ from dailymail_t5.task import DailyMailTask
 from influence_core.errors import UserError
 from influence_core.experiments.arguments import parse
 from swag_roberta.task import SwagTask
-from tests.own_data import BLOCKS, PAIRS, QUESTIONS, SEVERAL, SIZES, documents, make_task, write
+from tests.own_data import BLOCKS, PAIRS, QUESTIONS, SEVERAL, SIZES, TEXTS, documents, make_task, write
 from tests.scripts import SHARED, run
 from wikitext_gpt2.task import WikiTextTask
 
@@ -215,3 +215,25 @@ def test_columns_of_a_checkpoint_stay(tmp_path):
     assert flags_of(WikiTextTask, "analyze", *same)["text_column"] == "body"
     other = [*common, "--dataset_name_or_path", documents(tmp_path / "other.jsonl")]
     assert flags_of(WikiTextTask, "analyze", *other)["text_column"] == "body"
+
+
+def test_a_file_with_tabs(tmp_path):
+    """As a directory that holds it is read; quotes and commas are text."""
+    lines = ["ask\treply"] + [f"{row['ask']}, or \t{row['reply']}" for row in PAIRS]
+    (tmp_path / "mine.tsv").write_text("\n".join(lines) + "\n")
+    flags = ["--prompt_column", "ask", "--answer_column", "reply"]
+    rows = make_task(WikiTextTask, tmp_path / "mine.tsv", *flags).rows("train")
+    assert rows[0] == {"prompt": f"{PAIRS[0]['ask']}, or ", "answer": PAIRS[0]["reply"]}
+
+
+def test_why_a_file_is_not_read_is_said_with_what_to_do(tmp_path):
+    """Cells apart by semicolons, a file that is not UTF-8, files of several datasets."""
+    (tmp_path / "semicolons.csv").write_text("Frage (DE);Antwort;id\n" + "Wie?;So.;3\n" * 20)
+    (tmp_path / "latin.csv").write_bytes("body,id\nGrüße,3\n".encode("latin-1") * 20)
+    for name, column in (("a", "body"), ("b", "other")):
+        write(tmp_path / "mixed" / f"{name}.jsonl", [{column: text} for text in TEXTS])
+    for name, told in (
+        ("semicolons.csv", "separated by ';'"), ("latin.csv", "save it as UTF-8"), ("mixed", "different columns")
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=told):
+            make_task(WikiTextTask, tmp_path / name, "--text_column", "body").load_dataset("train")

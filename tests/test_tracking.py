@@ -135,6 +135,11 @@ def test_a_copy_of_a_model_is_asked_itself(llama):
 def test_a_model_that_sees_later_tokens_is_no_causal_one():
     """A BERT whose config forgot to say that it decodes."""
     model = make_model(hf.AutoModelForCausalLM, ENCODERS["BERT"])
+    hardly_trained = hf.RobertaConfig(vocab_size=80, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                      intermediate_size=24)  # fmt: skip
+    torch.manual_seed(0)
+    with pytest.raises(UserError, match="this RobertaForCausalLM is no causal language model"):
+        models.RandomCausal().tracked_layer_names(hf.RobertaForCausalLM(hardly_trained))
     with pytest.raises(UserError, match="this BertLMHeadModel is no causal language model"):
         narrowed(models.RandomCausal, model)
     decoder = make_model(hf.AutoModelForCausalLM, ENCODERS["BERT"], is_decoder=True)

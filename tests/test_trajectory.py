@@ -87,7 +87,8 @@ def test_a_killed_training_is_begun_again(trained, tmp_path):
     directory = tmp_path / "killed"
     shutil.copytree(trained[0] / "step-2", directory / "step-2")
     (directory / "training.json").write_text(json.dumps({"unfinished": True}))
-    run("analyze", *ANALYZE, "--checkpoint_dir", directory, "--output_dir", tmp_path / "r").error("step-2")
+    flags = ["--checkpoint_dir", directory, "--output_dir", tmp_path / "r"]
+    run("analyze", *ANALYZE, *flags).error("did not end", "train.py")
     run("train", *TRAIN3, "--checkpoint_dir", directory, "--save_at", "0.5").ok()
     assert torch.equal(weights(directory)["transformer.wte.weight"], weights(trained[0])["transformer.wte.weight"])
 
@@ -102,7 +103,9 @@ def test_the_scores_are_the_mean_of_each_ones(trained, analyzed, strategy, tmp_p
 
 
 def test_some_are_named_by_their_epochs(trained, tmp_path, analyzed):
-    out = analyze(trained[0], tmp_path, "0.5,2").ok()
+    analyze(trained[0], tmp_path, "0.5,3").error("0.5, 1, 2")
+    out = run("analyze", *ANALYZE, "--checkpoint_dir", trained[0], "--output_dir", tmp_path,
+              "--checkpoints", "0.5", "2").ok()  # fmt: skip
     assert {path.name for path in tmp_path.glob("step-*")} == {"step-2", "step-8"}
     mean = (scores(analyzed[0] / "step-2") + scores(analyzed[0] / "step-8")) / 2
     torch.testing.assert_close(scores(tmp_path), mean)
@@ -166,7 +169,7 @@ def test_lds_takes_the_mean_and_each_one(trained, analyzed, tmp_path):
     flags = ["--preset", "demo", "--checkpoint_dir", trained[0], "--output_dir", analyzed[0], "--num_train", "64"]
     flags += ["--num_queries", "4", "--num_masks", "2", "--num_repeats", "1", "--figure_dir", tmp_path]
     out = run("evaluate_lds", *flags, "--bank_dir", tmp_path, "--scores", "ekfac", "step-2/ekfac", "identity").ok()
-    assert "step-2/ekfac" in out
+    assert "step-2/ekfac" in out and out.count("are of a checkpoint on the way") == 1
 
 
 @pytest.mark.parametrize("num_steps, expected", [(8, [2, 4, 8]), (1, [1, 1, 1]), (3, [1, 2, 3])])

@@ -14,7 +14,15 @@ from pathlib import Path
 
 from influence_core.errors import UserError
 from influence_core.experiments.checkpoints import read_training_record
-from influence_core.experiments.flags import LAST, RECIPE_FLAGS, SCRIPTS, TRACKED, add_shared_arguments, trains
+from influence_core.experiments.flags import (
+    LAST,
+    RECIPE_FLAGS,
+    SCRIPTS,
+    TRACKED,
+    add_shared_arguments,
+    checkpoints,
+    trains,
+)
 from influence_core.factors.strategies import STRATEGIES, damping_scale
 from influence_core.tasks.example import ExampleTask, is_main_process
 
@@ -187,6 +195,8 @@ def _check_values(arguments: argparse.Namespace) -> None:
         if arguments.save_at[-1] > arguments.num_train_epochs:
             raise UserError(f"--save_at {arguments.save_at[-1]:g} is after the end of a training of "
                             f"{arguments.num_train_epochs} epochs")  # fmt: skip
+    if isinstance(getattr(arguments, "checkpoints", None), list):
+        arguments.checkpoints = checkpoints(" ".join(arguments.checkpoints))
     track = getattr(arguments, "track", None)
     if track not in (None, *TRACKED):
         raise UserError(f"--track is {' or '.join(TRACKED)}, not {track}")

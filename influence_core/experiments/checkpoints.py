@@ -3,7 +3,8 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,9 @@ def require_checkpoint(task_class: type[ExampleTask], arguments) -> None:
     """Raise UserError, with the command that makes one, if --checkpoint_dir has no checkpoint."""
     checkpoint_dir = Path(arguments.checkpoint_dir)
     if not is_checkpoint(checkpoint_dir):
+        if read_training_record(arguments.checkpoint_dir) == UNFINISHED:
+            raise UserError(f"the training that was to leave {checkpoint_dir} did not end: run train.py again, with "
+                            "the same flags")  # fmt: skip
         inner = sorted(path for path in checkpoint_dir.glob("*/") if is_checkpoint(path))
         if inner:
             raise UserError(f"no checkpoint in {checkpoint_dir} itself, name the one in it that is meant with "
@@ -88,6 +92,18 @@ def save_checkpoint(checkpoint_dir: Path, task: ExampleTask, model, record: dict
         raise UserError(f"the checkpoint {checkpoint_dir} can't be written: {first_line(error)}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def not_left_empty(checkpoint_dir: Path) -> Iterator[None]:
+    """Inside, a directory may be made that is removed again if nothing comes of it."""
+    existed = checkpoint_dir.exists()
+    try:
+        yield
+    finally:
+        if not existed and is_main_process():
+            with suppress(OSError):  # it has files
+                checkpoint_dir.rmdir()
 
 
 def mark_unfinished(checkpoint_dir: Path) -> None:

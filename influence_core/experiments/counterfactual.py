@@ -24,6 +24,8 @@ def _run(task_class: type[ExampleTask], arguments) -> None:
     experiment = Experiment(task_class, arguments)
     num_train = len(experiment.train_dataset)
     sizes = sorted({0, *arguments.removal_sizes})
+    if "removal_sizes" not in arguments.given:
+        sizes = [size for size in sizes if size < num_train]
     if sizes[-1] >= num_train:
         raise UserError(f"--removal_sizes {sizes[-1]} leaves nothing of the training set, which has {num_train}")
     num_queries = check_size(arguments, "num_counterfactual_queries", len(experiment.query_dataset), "queries")

@@ -2,6 +2,7 @@
 
 import argparse
 
+from influence_core.errors import UserError
 from influence_core.factors.strategies import HEURISTIC, HEURISTIC_SCALE, STRATEGIES
 
 RECIPE_FLAGS = ("train_batch_size", "learning_rate", "weight_decay", "num_train_epochs", "use_half_precision")
@@ -11,12 +12,23 @@ LAST, ALL = "last", "all"  # of a training's checkpoints
 
 def damping(text: str) -> float | str:
     """A damping as the strategies take it: a number, or text that they understand."""
-    return text if text == HEURISTIC or text.endswith("x") else float(text)
+    try:
+        return text if text == HEURISTIC or text.endswith("x") else float(text)
+    except ValueError:
+        message = f"{text!r} is neither a number nor a multiple such as 0.5x nor {HEURISTIC}"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 def checkpoints(text: str) -> str | list[float]:
-    """Which of a training's checkpoints: the last, all, or those after so many epochs."""
-    return text if text in (LAST, ALL) else [float(part) for part in text.split(",")]
+    """Which of a training's checkpoints: the last, all, or those after so many epochs.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    try:
+        return text if text in (LAST, ALL) else [float(part) for part in text.replace(",", " ").split() or [text]]
+    except ValueError:
+        raise UserError(f"--checkpoints is {LAST} or {ALL} or epochs, as in 1,2, not {text!r}") from None
 
 
 def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,8 +78,9 @@ def _add_analyze_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--damping_factor", type=damping, help="an absolute number; or 0.5x: 0.5 x the layer's mean "
                         f"eigenvalue; or {HEURISTIC}, which is {HEURISTIC_SCALE}x")  # fmt: skip
     _add_tracked_layers_argument(parser)
-    parser.add_argument("--checkpoints", type=checkpoints, metavar="WHICH", help="average the scores of several: last, "
-                        "all that train.py --save_at left, or those after so many epochs, as in 1,2")  # fmt: skip
+    parser.add_argument("--checkpoints", nargs="+", metavar="WHICH", help="average the scores of several: last; all, "
+                        "which are the last and those that --save_at left; or those after so many epochs, "
+                        "as in 1,2")  # fmt: skip
     parser.add_argument("--scores_suffix", help="store the scores in scores_<strategy>_<suffix>, to keep those of "
                         "several dampings")  # fmt: skip
     parser.add_argument("--use_empirical_fisher", action="store_true", help="factors from the data's own labels")

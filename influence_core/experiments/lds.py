@@ -6,9 +6,12 @@ where training on the example lowers the measurement; measurements [subsets, rep
 Source: Park et al. 2023, arXiv:2303.14186, section 3.
 """
 
+import itertools
+
 import numpy as np
 from scipy.stats import rankdata, spearmanr
 
+EXACT_SUBSETS = 7  # up to so many, p-values by all permutations: 5,040 of them
 NUM_SPLITS = 20  # of the repeats into halves, for the reliability
 
 
@@ -41,7 +44,8 @@ def linear_datamodeling_scores(masks: np.ndarray, scores: np.ndarray, measuremen
         )
     constant = np.flatnonzero(np.ptp(measurements, axis=0) == 0)
     if len(constant):
-        raise ValueError(f"the outcomes of query {constant[0]} are the same for every retraining")
+        raise ValueError(f"the outcomes of query {constant[0]} are the same for every retraining: train for more "
+                         "epochs or at a higher learning rate")  # fmt: skip
     return _correlations(predicted_measurements(masks, scores), measurements)
 
 
@@ -52,8 +56,14 @@ def predicted_measurements(masks: np.ndarray, scores: np.ndarray) -> np.ndarray:
 
 
 def p_values(predictions: np.ndarray, measurements: np.ndarray) -> np.ndarray:
-    """[queries], two-sided, of each query's rank correlation."""
-    return np.array([spearmanr(p, m).pvalue for p, m in zip(predictions.T, measurements.T)])
+    """[queries], two-sided, of each query's rank correlation: by Student's t; for few subsets, by all permutations."""
+    if len(measurements) > EXACT_SUBSETS:
+        return np.array([spearmanr(p, m).pvalue for p, m in zip(predictions.T, measurements.T)])
+    ranks, others = _standardised_ranks(predictions), _standardised_ranks(measurements)
+    orders = np.array(list(itertools.permutations(range(len(ranks)))))
+    found = (ranks * others).mean(0)
+    chance = np.einsum("osq,sq->oq", ranks[orders], others) / len(ranks)
+    return (np.abs(chance) >= np.abs(found) - 1e-9).mean(0)
 
 
 def noise_ceiling(measurements: np.ndarray) -> np.ndarray | None:

@@ -88,11 +88,14 @@ def _load_own(name: str, path: Path, experiment) -> Scores:
     expected = {"model": experiment.checkpoint_fingerprint, "train_dataset": train, "query_dataset": queries}
     if settings["model"] != expected["model"] and settings["model"] in experiment.step_fingerprints:
         expected["model"] = settings["model"]
+        if experiment.is_main:
+            print(f"Note: scores {name!r} are of a checkpoint on the way, and retraining goes to the end", flush=True)
     differing = differences(settings, expected)
     if differing:
         raise UserError(
             f"scores {name!r} in {path} are not of the checkpoint {experiment.arguments.checkpoint_dir} and its data: "
-            f"{differing}; run analyze.py on it again, or name another --checkpoint_dir or --output_dir"
+            f"{differing}; run analyze.py on it again with --overwrite, or name another --checkpoint_dir or "
+            "--output_dir"
         )
     matrix = store.load()["pairwise_scores"][SCORES].numpy()
     return Scores(matrix, settings, manifest["counts"].get("scale"))

@@ -18,6 +18,7 @@ from influence_core.experiments.checkpoints import (
     DATA,
     is_finished,
     mark_unfinished,
+    not_left_empty,
     refuse_foreign_directory,
     save_checkpoint,
 )
@@ -38,7 +39,12 @@ from influence_core.tasks.example import ExampleTask, is_main_process
 
 def main(task_class: type[ExampleTask], description: str, argv: list[str] | None = None) -> None:
     """Train the example's model and leave a checkpoint."""
-    run_script(lambda: _train(task_class, parse(task_class, "train", description, argv)))
+    run_script(lambda: _run(task_class, parse(task_class, "train", description, argv)))
+
+
+def _run(task_class: type[ExampleTask], arguments) -> None:
+    with not_left_empty(Path(arguments.checkpoint_dir)):
+        _train(task_class, arguments)
 
 
 def _train(task_class: type[ExampleTask], arguments) -> None:

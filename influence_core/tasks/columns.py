@@ -48,6 +48,10 @@ class Kind(ABC):
         """What a person should know of a column that is right."""
         return None
 
+    def remedy(self, cells: Iterable[Any]) -> str:
+        """What is to be done about cells of which some are wrong."""
+        return "mend such rows or leave them out"
+
 
 @dataclass(frozen=True)
 class Text(Kind):
@@ -129,6 +133,12 @@ class Label(Kind):
             return "no row is of class 0, from which classes count"
         return None
 
+    def remedy(self, cells):
+        numbers = {int(cell) for cell in cells if str(cell).isdecimal()}
+        if min(numbers, default=0) == 1 and max(numbers) == self.num_classes:
+            return "they seem to count from 1: subtract 1 from all"
+        return super().remedy(cells)
+
     def __str__(self):
         names = f", or one of {', '.join(self.names)}" if self.names else ""
         return f"a whole number from 0 to {self.num_classes - 1}{names}"
@@ -145,7 +155,7 @@ class Ending(Label):
     def index(self, value):
         if not isinstance(value, str):
             return value
-        return int(value) if value.isdecimal() else self.letters.index(value)
+        return int(value) if value.isdecimal() else self.letters.index(value.upper())
 
     def is_type(self, column):
         from pyarrow import types
@@ -159,7 +169,7 @@ class Ending(Label):
     def takes(self, value):
         if isinstance(value, str) and value.isdecimal():
             return super().takes(int(value))
-        return super().takes(value) or (isinstance(value, str) and len(value) == 1 and value in self.letters)
+        return super().takes(value) or (isinstance(value, str) and len(value) == 1 and value.upper() in self.letters)
 
     def __str__(self):
         return f"{super().__str__()}, or a letter from A to {self.letters[-1]}"
@@ -192,7 +202,7 @@ def find_columns(
     found: dict[str, str] = {}
     for name, each in wanted.items():
         if each.given is not None and each.given not in types and nested_type(types, each.given) is None:
-            raise UserError(f"{source} has no column {each.given!r} ({each.flag}), only {names}")
+            raise UserError(f"{source} has no column {each.given!r} ({each.flag}), only {names}{_hint(types)}")
         if each.given is not None or name in types:
             found[name] = each.given or name
     twice = [column for column in found.values() if list(found.values()).count(column) > 1]
@@ -216,10 +226,17 @@ def find_columns(
             or sum(columns == other for other in fitting.values()) > 1
         ):
             remedy = "" if flag is None else f": name the one that is meant with {flag}"
-            raise UserError(f"{source} has no column {name!r}, only {names}{remedy}")
+            raise UserError(f"{source} has no column {name!r}, only {names}{_hint(types) or remedy}")
         found[name] = columns[0]
         notes.append(f"Note: {flag} is {columns[0]!r}, the only column of {source} that it could be")
     return found, notes
+
+
+def _hint(types: Mapping[str, Any]) -> str:
+    """Where a header was not taken apart."""
+    whole = next(iter(types)) if len(types) == 1 else ""
+    separator = next((each for each in (";", "\t", "|") if each in whole), None)
+    return "" if separator is None else f": its cells are separated by {separator!r}, write them with commas or as .tsv"
 
 
 def only_wanted(rows: "Dataset", columns: Mapping[str, str]) -> "Dataset":
@@ -252,8 +269,8 @@ def check_columns(rows: "Dataset", kinds: Mapping[str, Kind], source: str, where
             row, value = min(wrong, key=lambda each: each[1] is not None)
             others = f" ({len(wrong) - 1} more rows are wrong)" if len(wrong) > 1 else ""
             raise UserError(
-                f"{source}: {where(row)} has {_shown(value)} as {column!r}, which has to be {kind}{others}: mend such "
-                "rows or leave them out"
+                f"{source}: {where(row)} has {_shown(value)} as {column!r}, which has to be {kind}{others}: "
+                f"{kind.remedy(_cells(rows, column))}"
             )
         if objection := kind.objection(_cells(rows, column)):
             raise UserError(f"{source}: {column!r} has {objection}")

@@ -69,6 +69,12 @@ def _reason(error: Exception, source: str) -> str:
         chain.append(cause)
     messages = (f"no such key {each}" if isinstance(each, KeyError) else _first_sentence(str(each)) for each in chain)
     reason = next((text for text in messages if text and not text.startswith(STOCK_PHRASE)), type(error).__name__)
+    if any(isinstance(each, UnicodeDecodeError) for each in chain):
+        reason += ": save it as UTF-8"
+    if "because column names don't match" in reason:
+        reason += ": its files have different columns, take those of one dataset"
+    if unknown := re.match(r"Unrecognized configuration class .*\.(\w+)Config'> .* AutoModel: (\w+)", reason):
+        reason = f"it is a {unknown[1]}, of which there is no {unknown[2]}: another folder's scripts may take it"
     file = re.search(r"'([^']+)' with error", "".join(getattr(error, "__notes__", [])))
     if file and file[1] not in reason:
         reason += f" ({file[1]})"

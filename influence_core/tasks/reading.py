@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 PLACE_FLAG = "--dataset_name_or_path"
 PANDAS_INDEX = "__index_level_0__"  # a column of cells that no header names
-READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
 
 def config_names(place: str) -> tuple[list[str], str | None]:
@@ -42,7 +42,8 @@ def make_builder(place: str, config: str | None) -> "DatasetBuilder":
     suffix = Path(place).suffix.lower()
     if suffix not in READERS:
         raise UserError(f"{PLACE_FLAG} {place} is no file of {', '.join(READERS)}")
-    return load_dataset_builder(READERS[suffix], config, data_files={"train": glob.escape(place)})
+    options = {"sep": "\t"} if suffix == ".tsv" else {}
+    return load_dataset_builder(READERS[suffix], config, data_files={"train": glob.escape(place)}, **options)
 
 
 def split_names(builder: "DatasetBuilder") -> list[str]:
@@ -155,6 +156,8 @@ def load_rows(
     if are_lines(builder):  # which are joined again
         options |= {"keep_linebreaks": True, "encoding": "utf-8-sig"}
     if Path(place).is_file():
+        if is_csv(builder):
+            options["sep"] = builder.config.sep
         place, patterns = READERS[Path(place).suffix.lower()], patterns or builder.config.data_files
     # Which file it is stands in what datasets logs of an error, not in the error.
     with overheard("datasets", lambda record: record.levelno >= logging.ERROR) as logged:
