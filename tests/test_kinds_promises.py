@@ -14,6 +14,7 @@ from influence_core.scores import gradients as making
 from influence_core.scores import pairwise
 from influence_core.scores import plan as planning
 from influence_core.task import EXAMPLE_INDEX
+from influence_core.tasks.tracking import coverage_notes
 from tests.studies import make_study, score
 from tests.test_exactness import FLOAT64, SEED, relative_error
 from tests.test_processes import run_processes
@@ -245,3 +246,24 @@ def test_results_know_the_kind_of_their_layers(tmp_path):
     """So that those of an untied head, once taken for a matrix, are not taken for a table's."""
     settings = make_study(tmp_path, WholeTask("untied")).settings["tracked_layers"]
     assert settings[0] == "embedding (table)" and settings[2] == "first_norm (vector)" and settings[3] == "first"
+
+
+class PostProcessing(WholeTask):
+    def post_process_per_sample_gradient(self, layer_name, gradient):
+        return gradient
+
+
+def test_a_task_that_post_processes_leaves_tables_out(tmp_path):
+    """It would be given V x D numbers for each row of a batch at once."""
+    with pytest.raises(UserError, match="leave these out"):
+        score(make_study(tmp_path / "whole", PostProcessing("tied")), ["identity"])
+    task = PostProcessing("tied")
+    task.layers = ["first", "first_norm"]
+    assert score(make_study(tmp_path / "rest", task), ["identity"])["identity"].any()
+
+
+def test_a_task_that_names_its_layers_itself_hears_of_track():
+    task = WholeTask("tied")
+    task.tracked_kinds, model = "all", task.load_model()
+    with pytest.raises(UserError, match="leave --track out"):
+        coverage_notes(task, model, find_tracked_layers(model, task.layers), was_asked=False)
