@@ -23,7 +23,8 @@ class WikiTextTask(CausalLMTask):
             "num_train_epochs": 3,
             "train_batch_size.train": 8,
             "eval_batch_size": 16,
-            "damping_factor": "0.01x",  # the best by LDS, see README.md
+            "damping_factor": "0.01x",  # the best by LDS, see README.md, as is the next
+            "track": "all",
             "query_batch_size": 32,
             "train_batch_size.analyze": 64,
             "factor_batch_size": 64,
@@ -37,6 +38,7 @@ class WikiTextTask(CausalLMTask):
             "learning_rate": 2e-3,
             "num_train_epochs": 5,
             "damping_factor": "0.01x",
+            "track": "all",
             "show_queries": 3,
             "figure_dir": "demo/wikitext_gpt2/figure",
         },

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 # Okabe and Ito's palette: its colours stay apart for every kind of colour vision.
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
+PANELS_IN_A_ROW = 3
 STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 
 
@@ -34,7 +35,7 @@ def draw_lds(result_path: Path, figure_path: Path) -> Path:
             )
             axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
         axes.axhline(0, color="black", linewidth=0.8)
-        labels = [f"{name if len(name) < 20 else '…' + name[-18:]}\n{row['lds']:.3f}" for name, row in methods]
+        labels = [f"{_in_lines(name)}\n{row['lds']:.3f}" for name, row in methods]
         axes.set_xticks(range(len(methods)), labels)
         axes.set_ylabel("linear datamodeling score\n(Spearman, mean over queries)")
         axes.set_xlabel(
@@ -68,9 +69,13 @@ def draw_calibration(result_path: Path, figure_path: Path) -> Path:
     """Actual against predicted changes of every query over the subsets, a panel a method."""
     methods = json.loads(Path(result_path).read_text())["calibration"]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(0.6 + 4.2 * len(methods), 4.4), layout="constrained")
-        panels = figure.subplots(1, len(methods), squeeze=False)[0]
-        for number, (axes, (name, row)) in enumerate(zip(panels, methods.items())):
+        num_columns = min(len(methods), PANELS_IN_A_ROW)
+        num_rows = -(-len(methods) // num_columns)
+        figure = Figure(figsize=(0.6 + 4.2 * num_columns, 4.4 * num_rows), layout="constrained")
+        panels = figure.subplots(num_rows, num_columns, squeeze=False)
+        for axes in panels.flat[len(methods) :]:
+            axes.remove()
+        for number, (axes, (name, row)) in enumerate(zip(panels.flat, methods.items())):
             predicted, actual = np.ravel(row["predicted"]), np.ravel(row["actual"])
             look = {"color": COLOURS[number % len(COLOURS)], "linewidths": 0}
             axes.scatter(predicted, actual, 6, alpha=np.clip(500 / len(actual), 0.15, 1), **look)
@@ -83,7 +88,8 @@ def draw_calibration(result_path: Path, figure_path: Path) -> Path:
             axes.set_xlabel("predicted change of the measurement")
             axes.set_title(f"{name}: median $R^2$ {row['r_squared']:.2f}", fontsize=11)
             axes.legend(loc="upper left", fontsize=9)
-        panels[0].set_ylabel("actual change, from the subsets' mean")
+        for axes in panels[:, 0]:
+            axes.set_ylabel("actual change, from the subsets' mean")
         return _save(figure, figure_path)
 
 
@@ -107,6 +113,11 @@ def draw_half_precision(result_path: Path, figure_path: Path) -> Path:
         axes.set_title(title, fontsize=11, pad=16)
         axes.legend(loc="upper left")
         return _save(figure, figure_path)
+
+
+def _in_lines(name: str) -> str:
+    """A path by its parts, none of them long."""
+    return "/\n".join(part if len(part) < 14 else f"…{part[-12:]}" for part in name.split("/"))
 
 
 def _save(figure: Figure, path: Path) -> Path:

@@ -50,7 +50,7 @@ def load_all_scores(names: Sequence[str] | None, experiment, baseline: bool = Tr
         raise UserError(f"--scores names one twice: {' '.join(names)}")
     labels = [Path(name).name.removeprefix("scores_") for name in names]
     if len(set(labels)) < len(labels):
-        labels = names
+        labels = [str(Path(name).with_name(label)) for name, label in zip(names, labels)]
     return {label: _load(name, experiment) for label, name in zip(labels, names)}
 
 
