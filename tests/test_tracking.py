@@ -254,7 +254,7 @@ class OnlyTheFirstBlock(WikiTextTask):
 def test_the_scripts_say_and_refuse_it(checkpoint, tmp_path):
     """A note for less than half; a refusal for whole blocks, but not of what --tracked_layers asks for."""
     flags = ["--preset", "demo", "--checkpoint_dir", checkpoint, "--num_train", "8", "--num_queries", "2"]
-    flags += ["--factor_strategy", "identity", "--output_dir"]
+    flags += ["--track", "blocks", "--factor_strategy", "identity", "--output_dir"]
     out = run("analyze", *flags, tmp_path / "some", task_class=OnlyQueries).ok()
     assert "Note: only 8." in out and "parameters of the model's linear layers are tracked" in out
     out = run("analyze", *flags, tmp_path / "asked", "--tracked_layers", r"attn\.c_proj").ok()
