@@ -300,3 +300,11 @@ def test_letters_may_be_small(tmp_path):
                    for number, each in enumerate((rows, QUESTIONS)))  # fmt: skip
     labels = [[example["label"] for example in each.load_dataset("train")] for each in (task, plain)]
     assert labels[0] == labels[1]
+
+
+def test_endings_may_be_numbered_in_braces(tmp_path):
+    """In quotes, or where no shell expands them."""
+    path, common = write(tmp_path / "mine.jsonl", LISTS), ["--text_column", "ctx", "--label_column", "key"]
+    braces, plain = (make_task(SwagTask, path, *common, "--ending_columns", *names).rows("train")
+                     for names in (["endings.{0..2}"], ["endings.0", "endings.1", "endings.2"]))  # fmt: skip
+    assert braces[:] == plain[:]

@@ -1,5 +1,6 @@
 """Which of several endings follows? The rows of all endings make one example."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ class MultipleChoiceTask(ClassificationTask):
         super().__init__(**flags)
         question = [name for name in self.columns if name not in (*self.endings, self.label_column)]
         if ending_columns is not None:  # then the data is of another shape than the task's own
+            ending_columns = [column for name in ending_columns for column in _numbered(name)]
             if len(ending_columns) < 2:
                 raise UserError("--ending_columns names the column of each ending, two at least; of endings in a list "
                                 "they are called endings.0 endings.1 …")  # fmt: skip
@@ -91,3 +93,12 @@ class MultipleChoiceTask(ClassificationTask):
         for number, ending in enumerate(self.endings):
             lines.append(f"  {'->' if number == example['label'] else '  '} {example[ending]}")
         return "\n".join(lines)
+
+
+def _numbered(name: str) -> list[str]:
+    """endings.{0..3} as a shell has it, where none did."""
+    span = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", name)
+    if span is None:
+        return [name]
+    before, first, last, after = span.groups()
+    return [f"{before}{number}{after}" for number in range(int(first), int(last) + 1)]
