@@ -22,7 +22,8 @@ NUM_TRAIN, NUM_QUERIES, BLOCK_SIZE = 64, 4, 32
 TRAIN = ["--preset", "demo", "--config_overrides", f"n_layer=1,n_embd=16,n_head=2,n_positions={BLOCK_SIZE}"]
 TRAIN += ["--vocab_size", "400", "--block_size", f"{BLOCK_SIZE}", "--num_train", f"{NUM_TRAIN}"]
 TRAIN += ["--num_train_epochs", "1", "--eval_batch_size", "16"]
-ANALYZE = ["--preset", "demo", "--num_train", f"{NUM_TRAIN}", "--num_queries", f"{NUM_QUERIES}", "--track", "blocks"]
+NUMBERS = ["--preset", "demo", "--num_train", f"{NUM_TRAIN}", "--num_queries", f"{NUM_QUERIES}"]
+ANALYZE = [*NUMBERS, "--track", "blocks"]
 
 SCRIPTS = {
     "train": training,

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, RobertaConfig, Rob
 from influence_core.errors import UserError
 from influence_core.tasks.demo_corpus import demo_corpus, train_tokenizer
 from swag_roberta.task import SwagTask
-from tests.scripts import ANALYZE, TRAIN, contents, refused, run, run_process
+from tests.scripts import ANALYZE, NUMBERS, TRAIN, contents, refused, run, run_process
 from wikitext_gpt2.task import WikiTextTask
 
 TWO_LAYERS = "n_layer=2,n_embd=16,n_head=2,n_positions=32"
@@ -117,7 +117,7 @@ def test_other_scripts_refuse_it_too(checkpoint, results, spoiled, tmp_path):
     out = shutil.copytree(results[1], tmp_path / "out")
     before = contents(out)
     for script in ("evaluate_lds", "run_counterfactual"):
-        flags = [*ANALYZE, "--checkpoint_dir", spoiled, "--output_dir", out, "--figure_dir", tmp_path]
+        flags = [*NUMBERS, "--checkpoint_dir", spoiled, "--output_dir", out, "--figure_dir", tmp_path]
         flags += ["--removal_sizes", "3"] if script == "run_counterfactual" else []
         run(script, *flags).error(f"--checkpoint_dir {spoiled}", "more layers")
     assert contents(out) == before

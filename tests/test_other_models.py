@@ -41,7 +41,8 @@ def trained(name, directory):
 @pytest.mark.parametrize("name", CASES)
 def test_train_and_analyze(name, tmp_path):
     task_class, flags = trained(name, tmp_path)
-    out = run("analyze", *flags, "--factor_strategy", "ekfac", "identity", task_class=task_class).ok()
+    flags += ["--track", "blocks", "--factor_strategy", "ekfac", "identity"]
+    out = run("analyze", *flags, task_class=task_class).ok()
     assert "(5, 32) [queries, training examples]" in out
     assert f"tracked  {CASES[name][3]} layers" in out
 
