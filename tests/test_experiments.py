@@ -277,6 +277,11 @@ def test_default_removals_are_those_that_leave_something(place):
     assert stored(place, "counterfactual")["removal_sizes"] == [0, 50]
 
 
+@pytest.mark.parametrize("name", [".", "..", "/"])
+def test_scores_by_a_path_without_a_name(name, place):
+    run("evaluate_lds", *place, *LDS, "--scores", name).error("can't be read as scores")
+
+
 def test_half_precision_says_which_scores_are_missing_or_made_otherwise(place, tmp_path):
     flags = [*place[: place.index("--output_dir") + 1], tmp_path]
     run("half_precision_analysis", *flags).error("no scores 'ekfac'", "analyze.py --factor_strategy ekfac")

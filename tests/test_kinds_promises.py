@@ -143,9 +143,6 @@ class TwoRows(WholeTask):
         index = batch[EXAMPLE_INDEX].repeat_interleave(2)
         return super().train_loss(model, batch | {EXAMPLE_INDEX: index}, sample_labels)
 
-    def position_mask(self, batch, layer_name):
-        return super().position_mask(batch, layer_name)
-
 
 @pytest.mark.parametrize("held", [False, True])
 @pytest.mark.parametrize("head", HEADS)

@@ -109,6 +109,10 @@ def parse(task_class: type[ExampleTask], script: str, description: str, argv: li
     vars(arguments).update({key: value for key, value in values.items() if hasattr(arguments, key)})
     arguments.given = set(given)
     _check_values(arguments)
+    if getattr(arguments, "save_at", None):
+        arguments.save_at = sorted(set(arguments.save_at))
+    if isinstance(getattr(arguments, "checkpoints", None), list):
+        arguments.checkpoints = checkpoints(" ".join(arguments.checkpoints))
     arguments.task = {flag: getattr(arguments, flag) for flag in task_flags}
     for flag, value in arguments.task.items():  # so that a checkpoint's record means the same from any directory
         if flag.endswith("_or_path"):
@@ -190,13 +194,9 @@ def _check_values(arguments: argparse.Namespace) -> None:
     suffix = getattr(arguments, "scores_suffix", None)
     if suffix is not None and (not re.fullmatch(r"[\w.-]+", suffix) or suffix == "half"):
         raise UserError(f"--scores_suffix is a word of letters, digits and -_. other than half, not {suffix!r}")
-    if getattr(arguments, "save_at", None):
-        arguments.save_at = sorted(set(arguments.save_at))
-        if arguments.save_at[-1] > arguments.num_train_epochs:
-            raise UserError(f"--save_at {arguments.save_at[-1]:g} is after the end of a training of "
-                            f"{arguments.num_train_epochs} epochs")  # fmt: skip
-    if isinstance(getattr(arguments, "checkpoints", None), list):
-        arguments.checkpoints = checkpoints(" ".join(arguments.checkpoints))
+    last = max(getattr(arguments, "save_at", None) or [0])
+    if last and last > arguments.num_train_epochs:
+        raise UserError(f"--save_at {last:g} is after the end of a training of {arguments.num_train_epochs} epochs")
     track = getattr(arguments, "track", None)
     if track not in (None, *TRACKED):
         raise UserError(f"--track is {' or '.join(TRACKED)}, not {track}")

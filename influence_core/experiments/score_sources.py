@@ -50,7 +50,7 @@ def load_all_scores(names: Sequence[str] | None, experiment, baseline: bool = Tr
         raise UserError(f"--scores names one twice: {' '.join(names)}")
     labels = [Path(name).name.removeprefix("scores_") for name in names]
     if len(set(labels)) < len(labels):
-        labels = [str(Path(name).with_name(label)) for name, label in zip(names, labels)]
+        labels = [str(Path(name).parent / label) for name, label in zip(names, labels)]
     return {label: _load(name, experiment) for label, name in zip(labels, names)}
 
 
@@ -58,7 +58,7 @@ def _load(name: str, experiment) -> Scores:
     if name == TFIDF:
         texts = ([experiment.task.describe(x) for x in part] for part in experiment.datasets)
         return Scores(tfidf_scores(*texts), {})
-    stored = experiment.output_dir / Path(name).with_name(f"scores_{Path(name).name}")  # step-12/ekfac: a checkpoint's
+    stored = experiment.output_dir / Path(name).parent / f"scores_{Path(name).name}"  # step-12/ekfac: a checkpoint's
     path = next((path for path in (stored, Path(name)) if path.exists()), None)
     if path is None:
         stored = [path.name.removeprefix("scores_") for path in sorted(experiment.output_dir.glob("scores_*"))]

@@ -223,4 +223,4 @@ def _laid_out(name: str, loss: HeadLoss, layout: Layout) -> HeadLoss:
 
 def _is_used(calls: Calls) -> bool:
     """Whether a head made logits that the loss reads; not where a loss by chunks has no use for them."""
-    return bool(calls.inputs) and not (calls.losses and not any(bool(x.any()) for x in calls.output_gradients))
+    return bool(calls.inputs) and (not calls.losses or any(bool(x.any()) for x in calls.output_gradients))
