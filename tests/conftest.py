@@ -31,9 +31,15 @@ def results(checkpoint, tmp_path_factory):
     return run("analyze", *ANALYZE, *flags).ok(), directory
 
 
-@pytest.fixture(scope="module")
-def unchecked():
+@pytest.fixture
+def unchecked(monkeypatch):
     """No check of the contract, whose runs of the model would be counted by tests of what the stages run."""
+    monkeypatch.setattr(analysis, "check_contract", lambda *_: "not at all")
+
+
+@pytest.fixture(scope="module")
+def file_unchecked():
+    """The same for all tests and fixtures of a file: not for a single test, as it would last into the next ones."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(analysis, "check_contract", lambda *_: "not at all")
         yield

@@ -17,7 +17,7 @@ from tests.test_exactness import FLOAT64, SEED
 from tests.test_processes import run_processes
 from tests.test_resume import Stopped, StoppingTask, contents
 
-pytestmark = pytest.mark.usefixtures("unchecked")  # what is counted here is what the stages run
+pytestmark = pytest.mark.usefixtures("file_unchecked")  # what is counted here is what the stages run
 
 ALL = 1 << 30
 

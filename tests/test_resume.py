@@ -15,7 +15,7 @@ from influence_core.task import EXAMPLE_INDEX
 from tests.studies import make_study, score
 from tests.tiny import TinyTask
 
-pytestmark = pytest.mark.usefixtures("unchecked")  # what is counted here is what the stages run
+pytestmark = pytest.mark.usefixtures("file_unchecked")  # what is counted here is what the stages run
 
 FACTOR_BATCHES, TRAIN_BATCHES = 7, 6  # of 40 training examples, 6 and 7 at a time
 

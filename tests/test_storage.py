@@ -19,7 +19,7 @@ from tests.tiny import TinyTask
 FLOAT64 = Precision(torch.float64, torch.float64)
 NUM_BATCHES = 7  # of each pass over the training set, 40 examples in sixes
 
-pytestmark = pytest.mark.usefixtures("unchecked")  # what is counted here is what the stages run
+pytestmark = pytest.mark.usefixtures("file_unchecked")  # what is counted here is what the stages run
 
 
 class CountingTask(TinyTask):
