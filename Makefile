@@ -16,7 +16,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python wikitext_gpt2/analyze.py --preset demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -m slow

@@ -134,6 +134,7 @@ class Retrainer:
             "initial_model": model_fingerprint(self.model),
             "train_dataset": dataset_fingerprint(self.train_dataset),
             "query_dataset": dataset_fingerprint(self.query_dataset),
+            "frozen_parameters": self.task.frozen_parameters,
             **asdict(self.recipe),
         }
 

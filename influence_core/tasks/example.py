@@ -24,6 +24,7 @@ class ExampleTask(InfluenceTask):
     flags_of_a_start: ClassVar[tuple[str, ...]] = ()  # that say what training starts from: a checkpoint has its own
     tokenizer: Any  # of the checkpoint, where `checkpoint_dir` names one; else of the initial model
     checkpoint_dir: str | None = None
+    frozen_parameters: str | None = None  # a regular expression: those in whose names it is found are not trained
     tracked_kinds: str = "blocks"  # or "all": linear layers, or every parameter that training moves; of --track
     tracked_layers: str | None = None  # a regular expression that narrows what is tracked; of --tracked_layers
 

@@ -1,6 +1,7 @@
 """The model of a task: from stored weights, which have to be all there, or from scratch by a config."""
 
 import itertools
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,25 @@ def new_model(
         unused = f", without the weights in {source}" if has_weights(source) else ""
         print("Training from scratch{}: {} layers of {}, vocabulary {}".format(unused, *sizes))
     return model
+
+
+def freeze(model: nn.Module, pattern: str, flag: str) -> None:
+    """Leave the parameters in whose names a regular expression is found as they are: not trained, so not tracked.
+
+    Raises:
+        UserError: it is none, or is found in no name, or nothing would be left to train.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    try:
+        frozen = [name for name in trained if re.search(pattern, name)]
+    except re.error as error:
+        raise UserError(f"{flag} {pattern!r} is no regular expression: {error}") from None
+    if not frozen:
+        raise UserError(f"{flag} {pattern!r} is found in no name of a parameter; {', '.join(trained)[:200]}, … are")
+    if len(frozen) == len(trained):
+        raise UserError(f"{flag} {pattern!r} is found in all names of parameters: nothing would be left to train")
+    for name in frozen:
+        trained[name].requires_grad_(False)
 
 
 def _takes(config: PretrainedConfig, key: str, value: Any) -> bool:

@@ -15,7 +15,7 @@ from influence_core.tasks.columns import Kind, Text, Wanted
 from influence_core.tasks.demo_corpus import DEMO_CORPUS, demo_corpus, train_tokenizer
 from influence_core.tasks.example import ExampleTask
 from influence_core.tasks.loading import load_from
-from influence_core.tasks.models import MODEL_FLAG, checkpoint_model, has_weights, new_model, start_model
+from influence_core.tasks.models import MODEL_FLAG, checkpoint_model, freeze, has_weights, new_model, start_model
 from influence_core.tasks.rows import Examples, RowSource
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class PretrainedTask(ExampleTask):
     def __init__(
         self, model_name_or_path, tokenizer_name_or_path, config_overrides, dataset_name_or_path, dataset_config,
         train_split, validation_split, vocab_size, lora_rank=None, lora_alpha=None, lora_target_modules=None,
+        frozen_parameters=None,
     ):  # fmt: skip
         self.lora = Lora(lora_rank, lora_alpha, lora_target_modules) if lora_rank else None
         if self.lora is None and (lora_alpha or lora_target_modules):
@@ -65,6 +66,7 @@ class PretrainedTask(ExampleTask):
         self.dataset_source, self.dataset_config = dataset_name_or_path, dataset_config
         self.split_sources = {"train": train_split, "validation": validation_split}
         self.vocab_size = vocab_size
+        self.frozen_parameters = frozen_parameters
         self._splits: dict[str, Sequence[Any]] = {}  # the examples, by split
 
     @staticmethod
@@ -83,6 +85,8 @@ class PretrainedTask(ExampleTask):
         parser.add_argument("--vocab_size", type=int, help="from scratch: train a byte-level BPE of that size on the "
                             "training text")  # fmt: skip
 
+        parser.add_argument("--frozen_parameters", metavar="REGEX", help="leave parameters in whose name this is found "
+                            "as they are: 'wte|wpe', say")  # fmt: skip
         parser.add_argument("--lora_rank", type=int, help="train LoRA adapters of this rank, and no other "
                             "weights of the model but a new head")  # fmt: skip
         parser.add_argument("--lora_alpha", type=float, help="their scale, times the rank [2 x --lora_rank]")
@@ -191,6 +195,8 @@ class PretrainedTask(ExampleTask):
             raise UserError(
                 f"the tokenizer has {num_words} words, the model only {num_embeddings} embeddings: {remedy}"
             )
+        if self.frozen_parameters is not None:
+            freeze(model, self.frozen_parameters, "--frozen_parameters")
         return model
 
     @property
