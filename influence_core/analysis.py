@@ -17,8 +17,9 @@ from influence_core.passes import LossFunction
 from influence_core.probing import Probe, probe
 from influence_core.runtime import is_out_of_memory
 from influence_core.scores.batch_sizes import fit_batch_sizes
+from influence_core.scores.cost import Work
 from influence_core.scores.pairwise import compute_pairwise_scores
-from influence_core.scores.plan import Plan, Work, make_plan, plan_flops
+from influence_core.scores.plan import Plan, make_plan, plan_flops
 from influence_core.scores.plan_text import describe_plan
 from influence_core.scores.stored import pairwise_score_store
 from influence_core.storage import require_writable

@@ -14,8 +14,8 @@ from influence_core.factors import lambdas
 from influence_core.passes import GradientPass
 from influence_core.precision import Precision
 from influence_core.runtime import Runtime
+from influence_core.scores import cost, pairwise
 from influence_core.scores import gradients as making
-from influence_core.scores import pairwise
 from influence_core.scores import plan as planning
 from tests.studies import STRATEGIES, make_study, recomposed_factors, score, score_tiny
 from tests.test_exactness import SEED, load, relative_error
@@ -173,7 +173,7 @@ def test_the_memory_budget_does_not_matter(tmp_path, monkeypatch, plain):
 
     monkeypatch.setattr(analysis, "make_plan", make_plan)
     monkeypatch.setattr(Runtime, "used_memory", lambda self: 0)
-    monkeypatch.setattr(planning, "CHUNK_BYTES", {"cpu": 0})  # the logits' share would dwarf this model
+    monkeypatch.setattr(cost, "CHUNK_BYTES", {"cpu": 0})  # the logits' share would dwarf this model
     small = {"factor_batch_size": 1, "query_batch_size": 1, "train_batch_size": 2}  # so that a batch is not the most
     budget = 1000
     while not plans or plans[-1].num_passes > 1:

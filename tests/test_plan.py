@@ -15,8 +15,9 @@ from influence_core.precision import Precision
 from influence_core.probing import Probe
 from influence_core.runtime import Runtime
 from influence_core.scores.batch_sizes import fit_batch_sizes
+from influence_core.scores.cost import Work
 from influence_core.scores.pairwise import _PairwiseJob, compute_pairwise_scores
-from influence_core.scores.plan import Plan, Work, make_plan
+from influence_core.scores.plan import Plan, make_plan
 from influence_core.study import Study
 from tests.studies import make_study
 from tests.tiny import TinyTask

@@ -15,6 +15,7 @@ import torch.multiprocessing as multiprocessing
 from influence_core import analysis
 from influence_core.batches import order_examples
 from influence_core.runtime import Runtime
+from influence_core.scores import cost
 from influence_core.scores import plan as planning
 from influence_core.storage import require_writable
 from tests.studies import STRATEGIES, make_study, recomposed_factors, score
@@ -128,7 +129,7 @@ def unequal_memory(directory, runtime):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Runtime, "used_memory", lambda self: 0)
         patch.setattr(Runtime, "free_memory", lambda self: enough - self.rank)
-        patch.setattr(planning, "CHUNK_BYTES", {"cpu": 0})  # the logits' share would dwarf this model
+        patch.setattr(cost, "CHUNK_BYTES", {"cpu": 0})  # the logits' share would dwarf this model
         patch.setattr(analysis, "make_plan", make_plan)
         patch.setattr(analysis, "fit_batch_sizes", lambda layers, work, *_: work)  # smaller ones would save the pass
         scores = score(make_study(directory / str(runtime.world_size), runtime=runtime))

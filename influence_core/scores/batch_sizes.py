@@ -5,7 +5,8 @@ from dataclasses import replace
 
 from influence_core.errors import UserError
 from influence_core.layers import TrackedLayer
-from influence_core.scores.plan import Work, fit_peaks, make_plan
+from influence_core.scores.cost import Work, fit_peaks
+from influence_core.scores.plan import make_plan
 
 # A batch takes as long as so many examples more than it has: what small batches lose to products that are too small.
 # On 2 CPU cores single examples of 128 tokens took 1.3 times what batches of 16 did; for a GPU it is an estimate.

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from influence_core.captured import Captured
 from influence_core.layers import Parts, TrackedLayer
-from influence_core.scores.plan import gradient_chunk
+from influence_core.scores.cost import gradient_chunk
 from influence_core.study import Study
 
 

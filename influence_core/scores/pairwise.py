@@ -20,9 +20,10 @@ from influence_core.batches import order_examples, share, shares
 from influence_core.captured import Captured, captured_bytes
 from influence_core.factors.strategies import Damping, Preconditioner, find_strategy
 from influence_core.layers import Parts, TrackedLayer
+from influence_core.scores.cost import preconditioning_chunk
 from influence_core.scores.gradients import PerSampleGradients, slices
 from influence_core.scores.overflow import overflow
-from influence_core.scores.plan import Plan, preconditioning_chunk
+from influence_core.scores.plan import Plan
 from influence_core.scores.stored import SCORES, pairwise_score_store, score_scale
 from influence_core.storage import StageStore, Tensors
 from influence_core.study import Study

@@ -4,7 +4,8 @@ from torch import nn
 
 from influence_core.coverage import describe_coverage
 from influence_core.layers import TrackedLayer
-from influence_core.scores.plan import Plan, Work, factor_bytes, plan_flops
+from influence_core.scores.cost import Work, factor_bytes
+from influence_core.scores.plan import Plan, plan_flops
 from influence_core.units import gigabytes
 
 

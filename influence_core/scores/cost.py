@@ -1,0 +1,182 @@
+"""What the stages of an analysis take, counted before they run: bytes, and floating-point operations."""
+
+from dataclasses import dataclass
+
+from influence_core.factors.eigendecomposition import WIDE
+from influence_core.factors.lambdas import lambda_chunk
+from influence_core.layers import TrackedLayer
+from influence_core.losses import CHUNK_BYTES
+from influence_core.probing import Probe
+
+GRADIENT_BUFFER_BYTES = 512 << 20  # at most, of the per-sample gradients of a layer made at once
+# At most, of the query gradients of a layer preconditioned at once: on a CPU so few that they stay in its cache between
+# the four products.
+PRECONDITIONED_BYTES = {"cpu": 6 << 20, "cuda": 512 << 20}
+
+
+@dataclass(frozen=True)
+class Work:
+    """The size of an analysis, in examples, bytes an example, and dtypes' bytes."""
+
+    num_train: int
+    num_queries: int
+    num_strategies: int
+    train_batch_size: int
+    query_batch_size: int
+    factor_batch_size: int
+    train: Probe  # of one training example
+    query: Probe  # of one query
+    operand_bytes: int  # of a stored query gradient's number
+    product_bytes: int  # of a number as it enters a product (more than stored where bfloat16 is emulated)
+    num_in_eigenbasis: int  # strategies
+    num_with_lambda: int
+    num_preconditioned: int  # those that are either or both: all but the identity
+    sum_bytes: int = 4
+    device_type: str = "cpu"
+    num_processes: int = 1  # that share the training examples
+    num_workers: int = 1  # eigendecompositions at once
+
+    @property
+    def num_rows(self) -> int:
+        """Preconditioned gradients: one for each query and strategy."""
+        return self.num_queries * self.num_strategies
+
+    def num_lambdas(self, layer: TrackedLayer) -> int:
+        """Strategies that need one at a layer."""
+        return self.num_with_lambda if layer.is_kronecker else self.num_preconditioned
+
+
+def gradient_chunk(layer: TrackedLayer, itemsize: int) -> int:
+    """Per-sample gradients of a layer that are made at once, at most."""
+    return max(1, GRADIENT_BUFFER_BYTES // (layer.num_parameters * itemsize))
+
+
+def preconditioning_chunk(layer: TrackedLayer, itemsize: int, device_type: str) -> int:
+    """Query gradients of a layer that are preconditioned at once, at most."""
+    return max(1, PRECONDITIONED_BYTES[device_type] // (layer.num_parameters * itemsize))
+
+
+def pass_peaks(group: list[TrackedLayer], work: Work, tile_size: int, scored_at_once: int = 1) -> dict[str, int]:
+    """Bytes beyond what is in use, for the stages that the plan can shape."""
+    resident = tile_size * work.num_strategies * sum(layer.num_parameters for layer in group) * work.operand_bytes
+    scores = work.num_rows * -(-work.num_train // work.num_processes) * work.sum_bytes
+    logits = 3 * CHUNK_BYTES[work.device_type]
+    scored_at_once = max(scored_at_once, work.train_batch_size)
+    query_buffer = train_buffer = 0  # numbers, in gradients of a layer that are at hand at once
+    for layer in group:
+        at_once = preconditioning_chunk(layer, work.sum_bytes, work.device_type)
+        query_buffer = max(query_buffer, min(work.query_batch_size, at_once) * layer.num_parameters)
+        at_once = gradient_chunk(layer, work.product_bytes)
+        train_buffer = max(train_buffer, min(scored_at_once, at_once) * layer.num_parameters)
+    factors = factor_bytes(group, work, preconditioners=True)
+    scratch = scratch_bytes(group, work)
+    # A query's gradient is held by its parts, as a matrix, and twice while it is rotated.
+    query = (
+        work.query_batch_size * work.query.num_bytes
+        + work.query.fixed_bytes
+        + query_buffer * (work.product_bytes + 3 * work.sum_bytes)
+    )
+    train = (
+        work.train_batch_size * work.train.num_bytes
+        + work.train.fixed_bytes
+        + (scored_at_once - work.train_batch_size) * work.train.captured_bytes
+        + train_buffer * work.product_bytes
+    )
+    return {
+        "query gradients": resident + scores + factors + query + logits + scratch,
+        "training pass": resident + scores + train + logits + scratch,
+    }
+
+
+def scratch_bytes(layers: list[TrackedLayer], work: Work) -> int:
+    """Of a gradient's sums, where products have fewer digits."""
+    return (work.product_bytes < work.sum_bytes) * work.sum_bytes * max(layer.scratch_numbers for layer in layers)
+
+
+def factor_bytes(layers: list[TrackedLayer], work: Work, preconditioners: bool = False) -> int:
+    """Bytes of all strategies' factors: those that are stored, or what the preconditioners hold."""
+    squares = _squares(layers)
+    matrices = squares * (bool(work.num_in_eigenbasis) if preconditioners else 2 * work.num_in_eigenbasis)
+    vectors = sum(
+        layer.num_parameters * (work.num_strategies if preconditioners else work.num_lambdas(layer)) for layer in layers
+    )
+    return (matrices + vectors) * work.sum_bytes
+
+
+def _squares(layers: list[TrackedLayer]) -> int:
+    """Numbers in the covariances of all layers that have them."""
+    return sum(size * size for layer in layers if layer.is_kronecker for size in layer.shape)
+
+
+def fit_peaks(layers: list[TrackedLayer], work: Work) -> dict[str, int]:
+    """Bytes beyond what is in use, of the factor stages."""
+    peaks = {}
+    squares = _squares(layers) * work.sum_bytes
+    kronecker = [layer for layer in layers if layer.is_kronecker]
+    batch = work.factor_batch_size * work.train.num_bytes + work.train.fixed_bytes + 3 * CHUNK_BYTES[work.device_type]
+    if work.num_in_eigenbasis and kronecker:
+        peaks["covariance"] = squares + batch
+        widths = [size for layer in kronecker for size in layer.shape]
+        at_once = [size**2 * (1 if size >= WIDE else work.num_workers) for size in widths]
+        peaks["eigendecomposition"] = squares + 5 * 8 * max(at_once)
+    with_lambda = [layer for layer in layers if work.num_lambdas(layer)]
+    if with_lambda:
+        lambda_matrices = sum(layer.num_parameters for layer in with_lambda) * work.sum_bytes
+        buffer = work.sum_bytes * max(
+            min(work.factor_batch_size, lambda_chunk(layer, work.sum_bytes, work.device_type)) * layer.num_parameters
+            for layer in with_lambda
+        )
+        peaks["lambda"] = squares * bool(work.num_in_eigenbasis) + lambda_matrices + batch + 2 * buffer
+        peaks["lambda"] += scratch_bytes(with_lambda, work)
+    return peaks
+
+
+def fit_flops(layers: list[TrackedLayer], work: Work) -> dict[str, float]:
+    """FLOPs of the factor stages: the passes, and the products that the factors need."""
+    one_pass = work.train.forward_flops + work.train.backward_flops
+    flops = {}
+    kronecker = [layer for layer in layers if layer.is_kronecker]
+    if work.num_in_eigenbasis and kronecker:
+        products = sum(
+            work.train.positions[layer.name] * layer.shape[1] ** 2
+            + work.train.active_positions[layer.name] * layer.shape[0] ** 2
+            for layer in kronecker
+        )
+        flops["covariance"] = work.num_train * (one_pass + products)  # half of 2 t d^2, by symmetry
+        flops["eigendecomposition"] = 9.0 * sum(d**3 for layer in kronecker for d in layer.shape)
+    with_lambda = [layer for layer in layers if work.num_lambdas(layer)]
+    if with_lambda:
+        products = sum(layer.gradient_flops(work.train.active_positions) for layer in with_lambda)
+        if work.num_in_eigenbasis:
+            products += sum(_rotation_flops(layer, work.train) for layer in with_lambda)
+        flops["lambda"] = work.num_train * (one_pass + products)
+    return flops
+
+
+def _rotation_flops(layer: TrackedLayer, probe: Probe) -> float:
+    """Of one example's gradient into the eigenbasis, where the layer has one."""
+    if not layer.is_kronecker:
+        return 0.0
+    (o, i), t = layer.shape, probe.active_positions[layer.name]
+    return min(2 * t * (o * o + i * i), 2 * o * i * (o + i))
+
+
+def pairwise_flops(groups: list[list[TrackedLayer]], num_tiles: int, work: Work) -> float:
+    """FLOPs of the queries' gradients and of the passes over the training set, by groups of layers."""
+    layers = [layer for group in groups for layer in group]
+    parameters = sum(layer.num_parameters for layer in layers)
+
+    def gradient_flops(probe: Probe) -> float:
+        """Of one example, all groups: a whole forward pass, the backward pass down to the group, its gradients."""
+        flops, below = 0.0, 0
+        for group in groups:
+            flops += probe.forward_flops + probe.backward_flops * (1 - below / parameters)
+            flops += sum(layer.gradient_flops(probe.active_positions) for layer in group)
+            below += sum(layer.num_parameters for layer in group)
+        return flops
+
+    rotations = sum(_rotation_flops(layer, work.query) for layer in layers) * bool(work.num_in_eigenbasis)
+    kronecker = [layer for layer in layers if layer.is_kronecker]
+    rotations_back = sum(2 * layer.num_parameters * sum(layer.shape) for layer in kronecker) * work.num_in_eigenbasis
+    of_queries = work.num_queries * (gradient_flops(work.query) + rotations + rotations_back)
+    return of_queries + work.num_train * (num_tiles * gradient_flops(work.train) + 2 * work.num_rows * parameters)
