@@ -12,6 +12,7 @@ from influence_core.errors import UserError
 from influence_core.factors.fit import fit_factors, refuse_foreign_factors
 from influence_core.factors.kept import KeptCaptures
 from influence_core.factors.strategies import Damping, damping_scale, find_strategy
+from influence_core.files import require_writable
 from influence_core.layers import TrackedLayer
 from influence_core.passes import LossFunction
 from influence_core.probing import Probe, probe
@@ -22,7 +23,6 @@ from influence_core.scores.pairwise import compute_pairwise_scores
 from influence_core.scores.plan import Plan, make_plan, plan_flops
 from influence_core.scores.plan_text import describe_plan
 from influence_core.scores.stored import pairwise_score_store
-from influence_core.storage import require_writable
 from influence_core.study import Study
 
 
@@ -53,8 +53,9 @@ def analyze(
     for name, dataset in (("training set", study.train_dataset), ("set of queries", query_dataset)):
         if not len(dataset):
             raise UserError(f"the {name} is empty")
-    require_writable(study.output_dir)
     refuse_foreign_results(study, strategy_names, query_dataset, damping)
+    if not is_finished(study, strategy_names, query_dataset, damping):  # those can be read where nothing can be written
+        require_writable(study.output_dir)
     fits_factors = any(strategy.needs_lambda or strategy.in_eigenbasis for strategy in strategies)
     checked = check_contract(study, query_dataset, fits_factors)
     work = Work(
@@ -101,6 +102,12 @@ def refuse_foreign_results(
         for name in strategy_names:
             refuse_foreign_factors(study, name)
             pairwise_score_store(study, name, query_dataset, damping).manifest()
+
+
+def is_finished(study: Study, strategy_names: Sequence[str], query_dataset: Sequence[Any], damping: Damping) -> bool:
+    """Whether all scores are stored and are to stay."""
+    stores = (pairwise_score_store(study, name, query_dataset, damping) for name in strategy_names)
+    return not study.overwrite and all(store.manifest() is not None for store in stores)
 
 
 def available_memory(study: Study, memory_budget: int | None) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from influence_core.errors import UserError
+from influence_core.launch import Launch
 from influence_core.precision import Precision
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
@@ -47,15 +48,18 @@ class Runtime:
         Raises:
             UserError: --use_ddp outside torchrun; a precision that the device does not have.
         """
-        rank, world_size, local_rank = 0, 1, 0
-        if use_ddp:
-            if "LOCAL_RANK" not in os.environ:
-                raise UserError(
-                    "--use_ddp works under torchrun only: torchrun --standalone --nproc-per-node=N "
-                    f"{sys.argv[0]} --use_ddp …, or leave --use_ddp out for one process"
-                )
-            local_rank = int(os.environ["LOCAL_RANK"])
-        device = torch.device(f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
+        launch = Launch.here()
+        if use_ddp and launch == Launch() and "RANK" not in os.environ:
+            raise UserError(
+                "--use_ddp works under torchrun only: torchrun --standalone --nproc-per-node=N "
+                f"{sys.argv[0]} --use_ddp …, or leave --use_ddp out for one process"
+            )
+        if not use_ddp and launch.world_size > 1:
+            raise UserError(
+                "torchrun started several processes, each of which would do all of the work: add --use_ddp, or run one "
+                "process without torchrun"
+            )
+        device = torch.device(f"cuda:{launch.local_rank}" if torch.cuda.is_available() else "cpu")
         if device.type == "cuda":
             torch.cuda.set_device(device)
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums are float32
@@ -65,10 +69,10 @@ class Runtime:
         if use_ddp:
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(minutes=30))
-            rank, world_size = dist.get_rank(), dist.get_world_size()
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
+        rank, world_size = (launch.rank, launch.world_size) if use_ddp else (0, 1)
         return cls(device, precision, rank, world_size, seed, use_compile)
 
     def stop(self) -> None:
@@ -84,6 +88,10 @@ class Runtime:
     def print(self, *values, **options) -> None:
         if self.is_main:
             print(*values, **options, flush=True)
+
+    def warn(self, text: str) -> None:
+        """Print, from whichever process it concerns."""
+        print(text if self.is_main else f"(process {self.rank}) {text}", flush=True)
 
     def progress(self, total: int, description: str, initial: int = 0, unit: str = "seq") -> tqdm:
         """A progress bar with an estimate of the time left, on rank 0 only."""
@@ -171,7 +179,7 @@ class Runtime:
             cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
             return int(0.9 * (torch.cuda.mem_get_info(self.device)[0] + cached))
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if self.world_size > 1 else 1
-        return int(0.9 * _free_system_memory() / local_processes)
+        return int(0.9 * free_system_memory() / local_processes)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -180,7 +188,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in told_by)
 
 
-def _free_system_memory() -> int:
+def free_system_memory() -> int:
     """Bytes available on this machine, within the limit of its control group (containers)."""
     with open("/proc/meminfo") as meminfo:
         available = next(int(line.split()[1]) * 1024 for line in meminfo if line.startswith("MemAvailable"))
@@ -192,4 +200,8 @@ def _free_system_memory() -> int:
         available = min(available, limit - current + cached)
     except (OSError, ValueError):  # no control group, or no limit ("max")
         pass
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:  # of this process's address space, by ulimit -v
+        with open("/proc/self/statm") as statm:
+            available = min(available, limit - int(statm.read().split()[0]) * resource.getpagesize())
     return available

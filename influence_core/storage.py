@@ -1,32 +1,38 @@
-"""Every read and write of factors and scores.
+"""Every read and write of factors and scores, by files that are whole or absent (files.py).
 
-A stage's result is one or more .safetensors files and, beside them, a JSON manifest, written last: what made the
+A stage's result is one or more .safetensors files and, beside them, a sealed JSON manifest, written last: what made the
 result (settings), what it counts, and a checksum of each file. So a result is there whole or not at all, and is used
 again only for the very settings that made it.
 """
 
-import hashlib
 import json
-import os
 import platform
-import shutil
 import sys
-import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
-from influence_core.errors import UserError
+from influence_core.errors import UserError, first_line
+from influence_core.files import (
+    Damaged,
+    Tensors,
+    file_checksum,
+    link_or_copy,
+    read_sealed_json,
+    read_sealed_tensors,
+    remove_leftovers,
+    write_columns,
+    write_sealed_json,
+    write_sealed_tensors,
+    write_tensors,
+    write_whole,
+)
 from influence_core.fingerprints import digest
-
-Tensors = dict[str, Tensor]
 
 
 class StageStore:
@@ -36,10 +42,11 @@ class StageStore:
         directory: made when something is written.
         stage: name of the manifest, such as "covariance".
         settings: all that determines the numbers, as JSON values; a stored result with others is refused.
+        made_by: which run makes it, where that matters: one that computes again what it finds of others.
     """
 
-    def __init__(self, directory: Path, stage: str, settings: Mapping[str, Any]):
-        self.directory, self.stage, self.settings = Path(directory), stage, dict(settings)
+    def __init__(self, directory: Path, stage: str, settings: Mapping[str, Any], made_by: str = ""):
+        self.directory, self.stage, self.settings, self.made_by = Path(directory), stage, dict(settings), made_by
 
     @property
     def manifest_path(self) -> Path:
@@ -52,14 +59,12 @@ class StageStore:
             UserError: unreadable, or made with other settings (the fields that differ are named).
         """
         try:
-            manifest = json.loads(self.manifest_path.read_text())
-            stored = dict(manifest["settings"])
-            _ = [entry["sha256"] for entry in manifest["files"].values()]
+            manifest = read_sealed_json(self.manifest_path)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise UserError(f"{self.manifest_path} is not readable ({error}); {_REDO}") from None
-        differing = differences(stored, self.settings)
+        except Damaged as reason:
+            raise UserError(f"{self.manifest_path} is not readable ({reason}); {_REDO}") from None
+        differing = differences(manifest["settings"], self.settings)
         if differing:
             raise UserError(
                 f"{self.manifest_path} was made with other settings: {differing}; {_REDO}, or choose another "
@@ -91,11 +96,12 @@ class StageStore:
 
     def _finish(self, paths: Sequence[Path], counts: Mapping[str, Any] | None) -> None:
         entries = {path.name: {"sha256": file_checksum(path), "bytes": path.stat().st_size} for path in paths}
-        write_json(
+        write_sealed_json(
             self.manifest_path,
             {
                 "stage": self.stage,
                 "settings": self.settings,
+                "made_by": self.made_by,
                 "command": sys.argv,
                 "counts": dict(counts or {}),
                 "files": entries,
@@ -103,8 +109,17 @@ class StageStore:
                 | {"python": platform.python_version()},
             },
         )
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Remove what a finished stage no longer needs, and what a killed process left; where that can be done."""
+        with suppress(OSError):
+            self._remove_progress()
+            remove_leftovers(self.directory)
+
+    def _remove_progress(self) -> None:
         for path in self.directory.glob(f"{self.stage}.progress.*"):
-            path.unlink()
+            path.unlink(missing_ok=True)
 
     def save_columns(
         self, stem: str, name: str, block: Tensor, columns: range, num_columns: int, counts: Mapping[str, Any], runtime
@@ -123,6 +138,14 @@ class StageStore:
             self._finish([path], counts)
         runtime.barrier()
 
+    def is_own(self) -> bool:
+        """Whether the stored result, or what there is of it, is of the run that `made_by` names."""
+        try:
+            manifest = self.manifest() if self.made_by else None
+        except UserError:
+            return False
+        return self.made_by != "" and (manifest is None or manifest["made_by"] == self.made_by)
+
     def checksum(self) -> str:
         """One checksum over the files of a finished stage: what a later stage says it was made from."""
         entries = self.manifest()["files"]
@@ -131,37 +154,48 @@ class StageStore:
     def discard(self) -> None:
         """Forget a stored result: the manifest first, so that nothing half-removed is ever taken for whole."""
         try:
-            names = list(json.loads(self.manifest_path.read_text())["files"])
-        except (OSError, ValueError, LookupError, TypeError):
+            names = list(read_sealed_json(self.manifest_path)["files"])
+        except (OSError, Damaged):
             names = []
-        paths = [self.manifest_path, *(self.directory / Path(name).name for name in names)]
-        for path in [*paths, *self.directory.glob(f"{self.stage}.progress.*")]:
+        for path in [self.manifest_path, *(self.directory / name for name in names)]:
             path.unlink(missing_ok=True)
+        self._remove_progress()
 
     def adopt(self, other: "StageStore") -> None:
         """Take over the finished result of another store by links to its files; checked when it is loaded."""
         manifest = other.manifest()
         self.discard()
         for name in manifest["files"]:
-            _write_whole(self.directory / name, lambda temporary, name=name: _link(other.directory / name, temporary))
-        write_json(self.manifest_path, manifest)
+            if not (other.directory / name).exists():
+                raise UserError(f"{other.directory / name} is missing; {_REDO}")
+            write_whole(
+                self.directory / name, lambda temporary, name=name: link_or_copy(other.directory / name, temporary)
+            )
+        write_sealed_json(self.manifest_path, manifest)
 
     def save_progress(self, partition: Mapping[str, Any], step: int, tensors: Tensors) -> None:
         """Keep what a killed run needs to go on: partial results after `step` steps of this partition of the work."""
-        record = json.dumps({"settings": self.settings, "partition": dict(partition), "step": step}, sort_keys=True)
-        write_tensors(self._progress_path(partition), tensors, {"progress": record})
+        record = {"settings": self.settings, "partition": dict(partition), "made_by": self.made_by, "step": step}
+        write_sealed_tensors(self._progress_path(partition), tensors, record)
 
-    def load_progress(self, partition: Mapping[str, Any]) -> tuple[int, Tensors] | None:
-        """(step, tensors), or None where there is none for these settings and this partition of the work."""
+    def load_progress(
+        self, partition: Mapping[str, Any], note: Callable[[str], None] = print
+    ) -> tuple[int, Tensors] | None:
+        """(step, tensors), or None where there is none for these settings and this partition of the work.
+
+        Args:
+            note: called with a line where there was some that is damaged.
+        """
         path = self._progress_path(partition)
         try:
-            with safe_open(path, "pt") as file:
-                record = json.loads(file.metadata()["progress"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (OSError, SafetensorError):
+            record, tensors = read_sealed_tensors(path)
+        except FileNotFoundError:
+            return None
+        except Damaged as reason:
+            note(f"Note: {path} is damaged ({reason}): this stage starts again")
             return None
         expected = json.loads(json.dumps({"settings": self.settings, "partition": dict(partition)}))
-        if {key: record[key] for key in expected} != expected:
+        if {key: record[key] for key in expected} != expected or (self.made_by and record["made_by"] != self.made_by):
             return None
         return record["step"], tensors
 
@@ -179,105 +213,11 @@ def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
 _REDO = "use --overwrite to compute it again"
 
 
-def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> None:
-    """Write a .safetensors file, whole or not at all."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    _write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
-
-
-def write_columns(path: Path, name: str, block: Tensor, columns: range, num_columns: int, runtime) -> None:
-    """Write a .safetensors file of one [rows, num_columns] tensor, each process its own columns, whole or not at all.
-
-    No process holds more than its columns. The main process reserves the space first, so that a full disk is an error
-    there and then, and moves the file to its place when all have written.
-    """
-    block = block.contiguous()
-    shape = (len(block), num_columns)
-    size = shape[0] * shape[1] * block.element_size()
-    entry = {"dtype": _DTYPE_NAMES[block.dtype], "shape": shape, "data_offsets": [0, size]}
-    header = json.dumps({name: entry}).encode()
-    header += b" " * (-len(header) % 8)
-    header = len(header).to_bytes(8, "little") + header
-    temporary = path.with_name(f".{path.name}.columns")
-    try:
-        if runtime.is_main:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
-                file.write(header)
-                file.flush()
-                os.posix_fallocate(file.fileno(), 0, len(header) + size)
-        runtime.barrier()
-        if len(columns):
-            whole = np.memmap(temporary, block.numpy().dtype, "r+", len(header), shape)
-            whole[:, columns.start : columns.stop] = block.numpy()
-            whole.flush()
-        runtime.barrier()
-        if runtime.is_main:
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} can't be written: {error.strerror or error}") from None
-
-
-_DTYPE_NAMES = {torch.float32: "F32", torch.float64: "F64"}  # as safetensors calls them
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, whole or not at all."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    _write_whole(path, lambda temporary: Path(temporary).write_text(text))
-
-
-def _write_whole(path: Path, write) -> None:
-    """Temporary file, fsync, rename: a reader meets the old file or the new one, never a part."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(descriptor)
-        try:
-            write(temporary)
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
-        raise UserError(f"{path} can't be written: {getattr(error, 'strerror', None) or error}") from None
-
-
-def _link(source: Path, target: str) -> None:
-    """A hard link where the file system has them, a copy elsewhere."""
-    if not source.exists():
-        raise UserError(f"{source} is missing; {_REDO}")
-    os.unlink(target)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-def require_writable(directory: Path) -> None:
-    """Make the directory and prove that files can be written there; raises UserError otherwise."""
-    probe = Path(directory) / ".writable"
-    _write_whole(probe, lambda temporary: None)
-    probe.unlink(missing_ok=True)  # another process may prove the same
-
-
-def file_checksum(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _read_checked(path: Path, sha256: str, names: Collection[str] | None) -> Tensors:
     try:
         if file_checksum(path) == sha256:
             with safe_open(path, "pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys() if names is None or name in names}
     except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror}; {_REDO}") from None
+        raise UserError(f"{path} can't be read: {error.strerror or first_line(error)}; {_REDO}") from None
     raise UserError(f"{path} is truncated or altered (its checksum is not the one recorded); {_REDO}")

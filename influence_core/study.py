@@ -36,7 +36,8 @@ class Study:
         output_dir: gets a directory for each strategy's factors and scores.
         runtime: device, precision, processes and seed.
         use_empirical_fisher: factors from the data's own labels instead of sampled ones.
-        overwrite: compute stages again although finished results are stored.
+        overwrite: compute stages again although finished results are stored,
+        made_by: but those that this very run had finished before it was interrupted: its name, if it has one.
         scores_suffix: part of the scores' directory, to keep several side by side (dampings, say).
         progress_interval: seconds between two notes of progress, from which a killed stage goes on.
         profiler: the stage table, where several studies share one.
@@ -49,6 +50,7 @@ class Study:
     runtime: Runtime = field(default_factory=Runtime)
     use_empirical_fisher: bool = False
     overwrite: bool = False
+    made_by: str = ""
     scores_suffix: str = ""
     progress_interval: float = 60.0
     profiler: Profiler | None = None
@@ -87,12 +89,14 @@ class Study:
     def factor_store(self, name: str, stage: str, **settings) -> StageStore:
         """Where a factor stage lies; `settings` are those beyond the study's own."""
         fisher = {"fisher": "empirical"} if self.use_empirical_fisher else {"fisher": "true", "seed": self.runtime.seed}
-        return StageStore(self.output_dir / f"factors_{name}", stage, {**self.settings, **fisher, **settings})
+        settings = {**self.settings, **fisher, **settings}
+        return StageStore(self.output_dir / f"factors_{name}", stage, settings, self.made_by)
 
     def score_store(self, name: str, **settings) -> StageStore:
         """Where pairwise scores lie."""
         suffix = f"_{self.scores_suffix}" if self.scores_suffix else ""
-        return StageStore(self.output_dir / f"scores_{name}{suffix}", "pairwise_scores", {**self.settings, **settings})
+        directory = self.output_dir / f"scores_{name}{suffix}"
+        return StageStore(directory, "pairwise_scores", {**self.settings, **settings}, self.made_by)
 
     def fisher_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The loss whose gradients make the Fisher: labels sampled, or the data's own."""
@@ -197,7 +201,7 @@ class Study:
         Every process leaves together, so that the next stage finds the files.
         """
         if self.runtime.is_main:
-            if self.overwrite:
+            if self.overwrite and not store.is_own():
                 store.discard()
             twin = next((twin for twin in twins if self._may_adopt(twin)), None)
             if twin is not None and store.manifest() is None:
@@ -206,6 +210,8 @@ class Study:
         todo = store.manifest() is None
         if not todo:
             self.runtime.print(f"Found finished {store.manifest_path}")
+            if self.runtime.is_main:
+                store.tidy()
         self.runtime.barrier()
         yield todo
         self.computed.add(store.manifest_path)
@@ -223,13 +229,17 @@ class Study:
 
 
 class ProgressClock:
-    """Says when it is time to note progress again."""
+    """Says when it is time to note progress again: so seldom that noting takes no more than a hundredth of the time."""
 
     def __init__(self, interval: float):
         self.interval, self.last = interval, time.monotonic()
 
     def is_due(self) -> bool:
-        due = time.monotonic() - self.last >= self.interval
-        if due:
-            self.last = time.monotonic()
-        return due
+        return time.monotonic() - self.last >= self.interval
+
+    def keep(self, save: Callable[[], None]) -> None:
+        """Note the progress."""
+        start = time.monotonic()
+        save()
+        self.last = time.monotonic()
+        self.interval = max(self.interval, 100 * (self.last - start) * (self.interval > 1))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from influence_core import analysis
-from tests.scripts import ANALYZE, TRAIN, run
+from tests.scripts import ANALYZE, TRAIN, change_record, run
 
 # Products this small lose more to a second thread, tenfold on a busy machine, than it gives; processes inherit it.
 torch.set_num_threads(1)
@@ -47,8 +47,10 @@ def file_unchecked():
 
 @pytest.fixture
 def spoiled(checkpoint, tmp_path):
-    """A copy of the checkpoint, to spoil."""
-    return shutil.copytree(checkpoint, tmp_path / "spoiled")
+    """A copy of the checkpoint, to spoil: what is put there passes for what training left."""
+    directory = shutil.copytree(checkpoint, tmp_path / "spoiled")
+    change_record(directory, files={})
+    return directory
 
 
 @pytest.fixture

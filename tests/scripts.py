@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from influence_core.experiments import analysis, counterfactual, half_precision, lds_evaluation, training
+from influence_core.files import read_sealed_json, write_sealed_json
 from wikitext_gpt2.task import WikiTextTask
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,6 +59,12 @@ class Outcome:
         """What a script that worked printed."""
         assert self.code == 0, self.err
         return self.out
+
+
+def change_record(checkpoint: Path, **values) -> None:
+    """Let train.py's record of a checkpoint say something else, as if it had written that."""
+    path = checkpoint / "training.json"
+    write_sealed_json(path, read_sealed_json(path) | values)
 
 
 def run(script: str, *flags, task_class=WikiTextTask) -> Outcome:

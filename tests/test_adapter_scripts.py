@@ -19,7 +19,7 @@ from influence_core.layers import find_tracked_layers
 from influence_core.tasks.adapters import Lora, add_adapter
 from swag_roberta.task import SwagTask
 from tests import models
-from tests.scripts import run
+from tests.scripts import change_record, run
 from tests.test_adapters import BERT
 from wikitext_gpt2.task import WikiTextTask
 
@@ -166,7 +166,8 @@ def test_other_adapters_are_refused_by_name(kind, bases, tmp_path):
 
 
 def damage(what, directory):
-    """Change a stored adapter in one way."""
+    """Change a stored adapter in one way, and let it pass for what training left."""
+    change_record(directory, files={})
     weights, config = directory / "adapter_model.safetensors", directory / "adapter_config.json"
     stored, values = load_file(weights), json.loads(config.read_text())
     first = sorted(stored)[0]
@@ -180,8 +181,7 @@ def damage(what, directory):
         values["base_model_name_or_path"] = None
     elif what == "a base that is gone":
         values["base_model_name_or_path"] = str(directory / "gone")
-        record = json.loads((directory / "training.json").read_text())
-        (directory / "training.json").write_text(json.dumps(record | {"model_name_or_path": "gone"}))
+        change_record(directory, model_name_or_path="gone")
     elif what == "no adapter's kind":
         values["peft_type"] = "NOTHING"
     save_file(stored, weights)

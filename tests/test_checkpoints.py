@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, RobertaConfig, Rob
 from influence_core.errors import UserError
 from influence_core.tasks.demo_corpus import demo_corpus, train_tokenizer
 from swag_roberta.task import SwagTask
-from tests.scripts import ANALYZE, NUMBERS, TRAIN, contents, refused, run, run_process
+from tests.scripts import ANALYZE, NUMBERS, TRAIN, change_record, contents, refused, run, run_process
 from wikitext_gpt2.task import WikiTextTask
 
 TWO_LAYERS = "n_layer=2,n_embd=16,n_head=2,n_positions=32"
@@ -30,7 +30,9 @@ def two_layers(tmp_path_factory):
 @pytest.fixture
 def place(two_layers, tmp_path):
     """A copy of it, to spoil."""
-    return shutil.copytree(two_layers, tmp_path / "spoiled")
+    directory = shutil.copytree(two_layers, tmp_path / "spoiled")
+    change_record(directory, files={})  # what is put there passes for what training left
+    return directory
 
 
 def store_as(directory, form):

@@ -108,14 +108,3 @@ def test_a_model_that_is_not_analyzed_is_noted(trained, tmp_path):
     _, _, others = trained
     out = run("analyze", *others, "--factor_strategy", "identity", "--model_name_or_path", tmp_path).ok()
     assert "Note: --model_name_or_path: for train.py; analyzed is the model in" in out
-
-
-def test_an_old_record_says_nothing_of_the_data(trained, tmp_path):
-    """Of a checkpoint by an earlier version: it is analyzed as before."""
-    path, train, others = trained
-    record = json.loads((tmp_path / "checkpoint" / "training.json").read_text())
-    del record["train_dataset"]
-    (tmp_path / "checkpoint" / "training.json").write_text(json.dumps(record))
-    write(path, [{"body": text} for text in TEXTS[::-1]])
-    assert "Found finished" in run("train", *train).ok()
-    run("analyze", *others, "--factor_strategy", "identity").ok()

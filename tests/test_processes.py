@@ -14,10 +14,10 @@ import torch.multiprocessing as multiprocessing
 
 from influence_core import analysis
 from influence_core.batches import order_examples
+from influence_core.files import require_writable
 from influence_core.runtime import Runtime
 from influence_core.scores import cost
 from influence_core.scores import plan as planning
-from influence_core.storage import require_writable
 from tests.studies import STRATEGIES, make_study, recomposed_factors, score
 from tests.test_exactness import FLOAT64, SEED, relative_error
 from tests.test_resume import Stopped, StoppingTask, contents

@@ -1,6 +1,5 @@
 """Several checkpoints of one training: what train.py leaves on the way, and the mean of their scores."""
 
-import json
 import shutil
 
 import pytest
@@ -9,6 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from influence_core.experiments.trajectory import saved_steps
+from influence_core.files import read_sealed_json, write_sealed_json
 from tests.scripts import ANALYZE, TRAIN, contents, run
 
 TRAIN3 = [*TRAIN, "--num_train_epochs", "2", "--train_batch_size", "16"]  # 4 steps an epoch
@@ -86,7 +86,7 @@ def test_a_killed_training_is_begun_again(trained, tmp_path):
     """It left a step, and no checkpoint."""
     directory = tmp_path / "killed"
     shutil.copytree(trained[0] / "step-2", directory / "step-2")
-    (directory / "training.json").write_text(json.dumps({"unfinished": True}))
+    write_sealed_json(directory / "training.json", {"unfinished": True})
     flags = ["--checkpoint_dir", directory, "--output_dir", tmp_path / "r"]
     run("analyze", *ANALYZE, *flags).error("did not end", "train.py")
     run("train", *TRAIN3, "--checkpoint_dir", directory, "--save_at", "0.5").ok()
@@ -150,8 +150,8 @@ def test_checkpoints_that_are_none_are_refused(trained, tmp_path, which, message
 
 def test_a_checkpoint_of_another_training_or_a_missing_one_is_refused(trained, tmp_path):
     directory = shutil.copytree(trained[0], tmp_path / "mixed")
-    record = json.loads((directory / "step-2" / "training.json").read_text())
-    (directory / "step-2" / "training.json").write_text(json.dumps(record | {"learning_rate": 0.5}))
+    record = read_sealed_json(directory / "step-2" / "training.json")
+    write_sealed_json(directory / "step-2" / "training.json", record | {"learning_rate": 0.5})
     analyze(directory, tmp_path / "r", "all").error("step-2", "learning_rate")
     shutil.rmtree(directory / "step-2")
     analyze(directory, tmp_path / "r", "all").error("step-2", "missing")

@@ -7,9 +7,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from influence_core import storage
+from influence_core import files
 from influence_core.errors import UserError
-from influence_core.storage import StageStore, write_json, write_tensors
+from influence_core.files import write_json, write_tensors
+from influence_core.storage import StageStore
 from tests.scripts import contents
 
 FAILURES = {
@@ -33,7 +34,7 @@ def test_a_failing_write_leaves_nothing(tmp_path, monkeypatch, failure, existing
             file.write(b"half a file")
         raise error
 
-    monkeypatch.setattr(storage, "save_file", fail)
+    monkeypatch.setattr(files, "save_file", fail)
     with pytest.raises(UserError if failure in FAILURES else KeyboardInterrupt) as raised:
         write_tensors(path, {"new": torch.zeros(3)})
     assert failure not in FAILURES or str(path) in str(raised.value)

@@ -11,15 +11,18 @@ from torch import Tensor, nn
 
 from influence_core.analysis import analyze
 from influence_core.averaging import analyze_checkpoints
-from influence_core.experiments.arguments import check_size, parse, run_script
-from influence_core.experiments.checkpoints import require_checkpoint, require_same_data
+from influence_core.experiments.arguments import check_size, parse
+from influence_core.experiments.checkpoints import not_left_empty, require_checkpoint, require_same_data
 from influence_core.experiments.flags import LAST
+from influence_core.experiments.overwriting import overwriting
+from influence_core.experiments.running import run_script
 from influence_core.experiments.trajectory import chosen_checkpoints
+from influence_core.locks import only_writer
 from influence_core.profiler import Profiler
 from influence_core.runtime import Runtime
 from influence_core.study import Study
 from influence_core.tasks.adapters import is_adapter
-from influence_core.tasks.example import ExampleTask
+from influence_core.tasks.example import ExampleTask, is_main_process
 from influence_core.tasks.tracking import coverage_notes
 from influence_core.units import gigabytes
 
@@ -34,11 +37,26 @@ def main(task_class: type[ExampleTask], description: str, argv: list[str] | None
 
 def _analyze(task_class: type[ExampleTask], arguments) -> None:
     require_checkpoint(task_class, arguments)
+    output_dir = Path(arguments.output_dir)
+    with not_left_empty(output_dir), only_writer(output_dir, bool(arguments.wait), is_main_process()):
+        runtime = Runtime.start(
+            arguments.use_ddp,
+            arguments.use_half_precision,
+            arguments.use_compile,
+            arguments.seed,
+            bool(arguments.use_tf32),
+        )
+        if not arguments.overwrite:
+            _run(task_class, arguments, runtime)
+        else:
+            with overwriting(output_dir, vars(arguments), runtime.is_main, runtime.barrier) as made_by:
+                _run(task_class, arguments, runtime, made_by)
+        runtime.stop()  # not after an error: leaving the group would wait for processes that wait for this one
+
+
+def _run(task_class: type[ExampleTask], arguments, runtime: Runtime, made_by: str = "") -> None:
     is_last = arguments.checkpoints == LAST
     several = {} if is_last else chosen_checkpoints(arguments.checkpoint_dir, arguments.checkpoints)
-    runtime = Runtime.start(
-        arguments.use_ddp, arguments.use_half_precision, arguments.use_compile, arguments.seed, bool(arguments.use_tf32)
-    )
     task = task_class(**arguments.task)
     task.tracked_layers, task.tracked_kinds = arguments.tracked_layers, arguments.track
     model = task.load_model(arguments.checkpoint_dir)
@@ -59,7 +77,9 @@ def _analyze(task_class: type[ExampleTask], arguments) -> None:
             runtime,
             use_empirical_fisher=bool(arguments.use_empirical_fisher),
             overwrite=bool(arguments.overwrite),
+            made_by=made_by,
             scores_suffix=arguments.scores_suffix or "",
+            progress_interval=arguments.progress_interval,
             profiler=profiler,
         )
 
@@ -86,7 +106,6 @@ def _analyze(task_class: type[ExampleTask], arguments) -> None:
     runtime.print(f"Peak memory {peak} (planned {planned})\n")
     if runtime.is_main:
         _report(task, study, scores, query_dataset, arguments.show_queries)
-    runtime.stop()  # not after an error: leaving the group would wait for processes that wait for this one
 
 
 def load_datasets(task: ExampleTask, arguments) -> tuple[Sequence[Any], Sequence[Any]]:

@@ -5,11 +5,6 @@ checkpoint was trained with; the preset's default; the default of all examples.
 """
 
 import argparse
-import math
-import os
-import re
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from influence_core.errors import UserError
@@ -23,8 +18,8 @@ from influence_core.experiments.flags import (
     checkpoints,
     trains,
 )
-from influence_core.factors.strategies import STRATEGIES, damping_scale
-from influence_core.tasks.example import ExampleTask, is_main_process
+from influence_core.experiments.values import check_values
+from influence_core.tasks.example import ExampleTask
 
 COMMON_DEFAULTS = {
     "preset": "full",
@@ -43,6 +38,7 @@ COMMON_DEFAULTS = {
     "query_batch_size": 32,
     "train_batch_size.analyze": 64,
     "factor_batch_size": 64,
+    "progress_interval": 60.0,
     "show_queries": 1,
     "num_masks": 100,
     "num_repeats.evaluate_lds": 5,
@@ -58,19 +54,6 @@ COMMON_DEFAULTS = {
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} ({self.prog} --help lists the flags)")
-
-
-def run_script(script: Callable[[], None]) -> None:
-    """Run a script's main function; bad input ends it with one line (of each process that meets it) and exit code 2."""
-    try:
-        script()
-    except UserError as error:
-        whose = "" if is_main_process() else f" (process {os.environ['RANK']})"
-        print(f"error{whose}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; what was finished is stored", file=sys.stderr)
-        sys.exit(130)
 
 
 def parse(task_class: type[ExampleTask], script: str, description: str, argv: list[str] | None) -> argparse.Namespace:
@@ -108,7 +91,7 @@ def parse(task_class: type[ExampleTask], script: str, description: str, argv: li
     arguments = argparse.Namespace(**{action.dest: None for action in parser._actions if action.dest != "help"})
     vars(arguments).update({key: value for key, value in values.items() if hasattr(arguments, key)})
     arguments.given = set(given)
-    _check_values(arguments)
+    check_values(arguments)
     if getattr(arguments, "save_at", None):
         arguments.save_at = sorted(set(arguments.save_at))
     if isinstance(getattr(arguments, "checkpoints", None), list):
@@ -130,6 +113,16 @@ def check_size(arguments: argparse.Namespace, flag: str, size: int, of: str) -> 
     return min(value, size)
 
 
+def check_query(arguments: argparse.Namespace, num_queries: int) -> int:
+    """The number of the query to show, counted from 0; the last one at most unless it was given by hand."""
+    if arguments.show_query >= num_queries and "show_query" in arguments.given:
+        raise UserError(
+            f"--show_query {arguments.show_query}: there are {num_queries} queries, with numbers from 0 to "
+            f"{num_queries - 1}"
+        )
+    return min(arguments.show_query, num_queries - 1)
+
+
 def _over(values: dict, others: dict, task_class: type[ExampleTask]) -> dict:
     """The values, with others in their place, and without what belongs to a value that is another now."""
     for flag, belonging in task_class.belonging.items():
@@ -140,8 +133,11 @@ def _over(values: dict, others: dict, task_class: type[ExampleTask]) -> dict:
 
 def _place(value: str | None) -> str | None:
     """The same for the same place, however it is named."""
-    path = None if value is None else Path(value).expanduser()
-    return str(path.resolve()) if path is not None and path.exists() else value
+    try:
+        path = None if value is None else Path(value).expanduser()
+        return str(path.resolve()) if path is not None and path.exists() else value
+    except (OSError, RuntimeError):  # no name of a file: too long, or of a user who is not there
+        return value
 
 
 def _defaults(defaults: dict, script: str) -> dict:
@@ -171,39 +167,3 @@ def _describe_defaults(parser: argparse.ArgumentParser, task_class: type[Example
                 next(iter(shown.values())) if same else ", ".join(f"{name}: {value}" for name, value in shown.items())
             )
             action.help = f"{action.help} [{str(text).replace('%', '%%')}]"
-
-
-def _check_values(arguments: argparse.Namespace) -> None:
-    at_least_zero = {"weight_decay", "show_queries", "num_train_epochs", "show_query", "removal_sizes"}
-    values = [
-        (flag, value) for flag, given in vars(arguments).items()
-        for value in (given if isinstance(given, list) else [given])
-    ]  # fmt: skip
-    for flag, value in values:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if flag == "seed" and not 0 <= value < 2**32:
-            raise UserError(f"--seed must be from 0 to 2^32 - 1, not {value}")
-        if not is_number or flag == "seed":
-            continue
-        if not math.isfinite(value):
-            raise UserError(f"--{flag} must be a finite number, not {value}")
-        if not (value >= 0 if flag in at_least_zero else value > 0):
-            raise UserError(f"--{flag} must be {'at least 0' if flag in at_least_zero else 'positive'}, not {value}")
-    if (getattr(arguments, "subset_fraction", None) or 0.5) >= 1:
-        raise UserError(f"--subset_fraction must be below 1, not {arguments.subset_fraction}")
-    suffix = getattr(arguments, "scores_suffix", None)
-    if suffix is not None and (not re.fullmatch(r"[\w.-]+", suffix) or suffix == "half"):
-        raise UserError(f"--scores_suffix is a word of letters, digits and -_. other than half, not {suffix!r}")
-    last = max(getattr(arguments, "save_at", None) or [0])
-    if last and last > arguments.num_train_epochs:
-        raise UserError(f"--save_at {last:g} is after the end of a training of {arguments.num_train_epochs} epochs")
-    track = getattr(arguments, "track", None)
-    if track not in (None, *TRACKED):
-        raise UserError(f"--track is {' or '.join(TRACKED)}, not {track}")
-    damping_scale(getattr(arguments, "damping_factor", None))
-    strategies = getattr(arguments, "factor_strategy", None) or []
-    if len(set(strategies)) < len(strategies):
-        raise UserError(f"--factor_strategy names one twice: {' '.join(strategies)}")
-    unknown = [name for name in strategies if name not in STRATEGIES]
-    if unknown:
-        raise UserError(f"unknown factor strategy {unknown[0]!r}: choose from {', '.join(STRATEGIES)}")

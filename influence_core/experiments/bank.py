@@ -12,21 +12,30 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from influence_core.errors import UserError
-from influence_core.storage import differences, write_json, write_tensors
+from influence_core.files import (
+    Damaged,
+    read_sealed_json,
+    read_sealed_tensors,
+    remove_leftovers,
+    write_sealed_json,
+    write_sealed_tensors,
+)
+from influence_core.locks import Held, holder_of, is_held, lock
+from influence_core.storage import differences
 
+NAME = "bank.json"  # says what the retrainings have in common
+LOCKS = "locks"  # directory of those in hand
 MASK, SEED = "mask", "seed"  # names of the stored tensors that say which retraining it is
 WAIT_SECONDS = 1.0  # between two looks at what other processes have finished
 
@@ -64,19 +73,32 @@ class RetrainingBank:
 
     def __init__(self, directory: Path, settings: Mapping[str, Any]):
         self.directory, self.settings = Path(directory), dict(settings)
-        path = self.directory / "bank.json"
-        with self._lock("bank", timeout=-1):  # two that begin at once must not both name the bank
-            if not path.exists():
-                write_json(path, self.settings)
-        try:
-            stored = dict(json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{path} is not readable ({error}): choose another --bank_dir") from None
-        differing = differences(stored, self.settings)
-        if differing:
-            raise UserError(
-                f"the retrainings in {self.directory} were made otherwise: {differing}; choose another --bank_dir"
-            )
+        self._named = json.loads(json.dumps(self.settings))  # as a file gives them back
+        path = self.directory / NAME
+        with self._naming():  # two that begin at once must not both name the bank
+            remove_leftovers(self.directory, NAME)
+            try:
+                stored = read_sealed_json(path)
+            except FileNotFoundError:
+                stored = None
+            except Damaged as reason:
+                raise UserError(
+                    f"{path} is not readable ({reason}): remove it, its retrainings tell themselves what they are of; "
+                    "or choose another --bank_dir"
+                ) from None
+            differing = differences(stored or self._named, self._named)
+            if differing and not self._is_unused():
+                raise UserError(
+                    f"the retrainings in {self.directory} were made otherwise: {differing}; choose another --bank_dir"
+                )
+            if stored is None or differing:
+                write_sealed_json(path, self.settings)
+
+    def _is_unused(self) -> bool:
+        """Whether there is no retraining yet, nor one in hand: then it may become a bank of something else."""
+        return not any(self.directory.glob("*.safetensors")) and not any(
+            map(is_held, (self.directory / LOCKS).glob("*"))
+        )
 
     def path(self, retraining: Retraining) -> Path:
         return self.directory / f"{retraining.name}.safetensors"
@@ -85,15 +107,20 @@ class RetrainingBank:
         """{name: [queries]}, what was measured after it.
 
         Raises:
-            UserError: the file is not readable, or of another retraining.
+            UserError: the file is damaged, or of another retraining or another bank.
         """
         path = self.path(retraining)
-        with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
-            values = {name: file.get_tensor(name) for name in file.keys()}
-            mask, seed = values.pop(MASK, None), values.pop(SEED, None)
-            if mask is not None and mask.numpy().tobytes() == retraining.mask and seed == retraining.seed:
-                return values
-        raise UserError(f"{path} is truncated or of another retraining: remove it, and it is made again")
+        try:
+            settings, values = read_sealed_tensors(path)
+        except (OSError, Damaged) as reason:
+            raise UserError(f"{path} is damaged ({reason}): remove it, and it is made again") from None
+        mask, seed = values.pop(MASK, None), values.pop(SEED, None)
+        if mask is None or mask.numpy().tobytes() != retraining.mask or seed != retraining.seed:
+            raise UserError(f"{path} is of another retraining: remove it, and it is made again")
+        differing = differences(settings, self._named)
+        if differing:
+            raise UserError(f"{path} was made otherwise: {differing}; choose another --bank_dir, or remove it")
+        return values
 
     def complete(
         self,
@@ -109,6 +136,9 @@ class RetrainingBank:
             rank, world_size: only say where in the list each process begins.
         """
         retrainings = list(dict.fromkeys(retrainings))
+        for each in retrainings:  # before hours of work, not after
+            if self.path(each).exists():
+                self.load(each)
         start = len(retrainings) * rank // world_size
         todo = [each for each in retrainings[start:] + retrainings[:start] if not self.path(each).exists()]
         with tqdm(total=len(retrainings), desc="Retrain", unit="run", disable=rank > 0, dynamic_ncols=True) as bar:
@@ -119,35 +149,46 @@ class RetrainingBank:
                 todo = [each for each in todo if not self.path(each).exists()]
                 bar.update(len(retrainings) - len(todo) - bar.n)
                 if todo and mine is None:
-                    bar.set_postfix_str(f"{len(todo)} in other hands")
+                    holder = next(filter(None, (holder_of(self._lock_path(each)) for each in todo)), "others")
+                    bar.set_postfix_str(f"waiting for {len(todo)} of {holder}")
                     time.sleep(WAIT_SECONDS)
 
     def _try(self, retraining: Retraining, retrain: Callable[[Retraining], dict[str, Tensor]]) -> bool:
         """Do a retraining unless it is done, or in other hands; whether this process did it."""
         path = self.path(retraining)
         try:
-            with self._lock(retraining.name, timeout=0):
+            with self._lock(self._lock_path(retraining)):
                 os.close(os.open(self.directory, os.O_RDONLY))  # a network file system then looks for the file anew
                 if path.exists():
                     return False
+                remove_leftovers(self.directory, path.name)
                 mask = torch.frombuffer(bytearray(retraining.mask), dtype=torch.uint8)
-                write_tensors(path, {MASK: mask, SEED: torch.tensor(retraining.seed)} | retrain(retraining))
+                values = {MASK: mask, SEED: torch.tensor(retraining.seed)} | retrain(retraining)
+                write_sealed_tensors(path, values, self.settings)
                 return True
-        except Timeout:
+        except Held:
             return False
 
+    def _lock_path(self, retraining: Retraining) -> Path:
+        return self.directory / LOCKS / f"{retraining.name}.lock"
+
     @contextmanager
-    def _lock(self, name: str, timeout: float):
-        lock = FileLock(self.directory / "locks" / f"{name}.lock", timeout, fallback_to_soft=False)
-        try:
-            Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-        except Timeout:
-            raise
-        except (OSError, NotImplementedError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"{self.directory} can't be written, or its file system has no locks: {reason}") from None
-        try:
+    def _lock(self, path: Path):
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(lock(path))
+            except OSError as error:
+                reason = error.strerror or error
+                raise UserError(
+                    f"{self.directory} can't be written, or its file system has no locks: {reason}"
+                ) from None
             yield
-        finally:
-            lock.release()
+
+    @contextmanager
+    def _naming(self):
+        """Alone in the directory, but for who works on a retraining."""
+        while True:
+            with suppress(Held), self._lock(self.directory / f"{NAME}.lock"):
+                yield
+                return
+            time.sleep(WAIT_SECONDS / 10)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,14 +13,28 @@ from safetensors import SafetensorError
 from transformers.utils import CONFIG_NAME
 
 from influence_core.errors import UserError, first_line
+from influence_core.files import (
+    PART,
+    Damaged,
+    as_user_wants,
+    file_checksum,
+    read_sealed_json,
+    remove_leftovers,
+    which_differ,
+    write_sealed_json,
+)
 from influence_core.fingerprints import dataset_fingerprint
-from influence_core.storage import differences, write_json
+from influence_core.locks import LOCK
+from influence_core.storage import differences
 from influence_core.tasks import adapters
 from influence_core.tasks.example import ExampleTask, is_main_process
 
 TRAINING_RECORD = "training.json"  # the flags that made it, and DATA
 UNFINISHED = {"unfinished": True}  # the record while there is no other
 DATA = "train_dataset"  # in the record: the fingerprint of the training examples
+FILES = "files"  # in the record: {name: checksum} of what lies beside it
+MADE_BY = "made_by"  # in the record: the name of a run that overwrites
+STATE = ".training"  # directory of what a killed training goes on from
 CONFIGS = (CONFIG_NAME, adapters.CONFIG)  # what a checkpoint has one of: a whole model's, or an adapter's
 
 # Of a model, which may be in parts, or of an adapter.
@@ -30,20 +45,22 @@ def read_training_record(checkpoint_dir: str) -> dict:
     """What train.py noted in the checkpoint; empty for a checkpoint made elsewhere."""
     path = Path(checkpoint_dir) / TRAINING_RECORD
     try:
-        return dict(json.loads(path.read_text()))
-    except (FileNotFoundError, NotADirectoryError):
+        return read_sealed_json(path)
+    except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is not readable ({error}): train again, or remove it to give all flags") from None
+    except Damaged as reason:
+        raise UserError(
+            f"{path} is not readable ({reason}): train again with --overwrite, or remove it to give all flags"
+        ) from None
 
 
 def require_checkpoint(task_class: type[ExampleTask], arguments) -> None:
     """Raise UserError, with the command that makes one, if --checkpoint_dir has no checkpoint."""
     checkpoint_dir = Path(arguments.checkpoint_dir)
+    if read_training_record(arguments.checkpoint_dir) == UNFINISHED:
+        raise UserError(f"the training that was to leave {checkpoint_dir} did not end: run train.py again, with "
+                        "the same flags")  # fmt: skip
     if not is_checkpoint(checkpoint_dir):
-        if read_training_record(arguments.checkpoint_dir) == UNFINISHED:
-            raise UserError(f"the training that was to leave {checkpoint_dir} did not end: run train.py again, with "
-                            "the same flags")  # fmt: skip
         inner = sorted(path for path in checkpoint_dir.glob("*/") if is_checkpoint(path))
         if inner:
             raise UserError(f"no checkpoint in {checkpoint_dir} itself, name the one in it that is meant with "
@@ -51,6 +68,17 @@ def require_checkpoint(task_class: type[ExampleTask], arguments) -> None:
         raise UserError(
             f"no checkpoint in {checkpoint_dir}: make one with `python {task_class.name}/train.py --preset "
             f"{arguments.preset} --checkpoint_dir {checkpoint_dir}`, or name another with --checkpoint_dir"
+        )
+    require_unchanged(checkpoint_dir)
+
+
+def require_unchanged(checkpoint_dir: Path) -> None:
+    """Raise UserError if weights, config or tokenizer are no longer those that train.py left there."""
+    changed = which_differ(read_training_record(str(checkpoint_dir)).get(FILES, {}), checkpoint_dir)
+    if changed:
+        raise UserError(
+            f"{checkpoint_dir / changed[0]} is no longer what train.py left: train again with --overwrite, or remove "
+            f"{checkpoint_dir / TRAINING_RECORD} to take the model as it is, and give all flags"
         )
 
 
@@ -64,7 +92,10 @@ def refuse_foreign_directory(checkpoint_dir: Path, sources: dict[str, Any]) -> N
     for flag, source in sources.items():
         if flag.endswith("_or_path") and source and Path(source).resolve() == checkpoint_dir.resolve():
             raise UserError(f"--checkpoint_dir is --{flag}, which the checkpoint would replace: choose another")
-    if checkpoint_dir.is_dir() and any(checkpoint_dir.iterdir()) and not read_training_record(checkpoint_dir):
+    if not checkpoint_dir.is_dir() or (checkpoint_dir / TRAINING_RECORD).exists():
+        return
+    own = (LOCK, STATE, PART)  # ends of what a training that was killed may have left
+    if not all(path.name.startswith(".") and path.name.endswith(own) for path in checkpoint_dir.iterdir()):
         raise UserError(f"{checkpoint_dir} holds files that train.py did not make: choose another --checkpoint_dir")
 
 
@@ -75,11 +106,19 @@ def save_checkpoint(checkpoint_dir: Path, task: ExampleTask, model, record: dict
     record, which says so meanwhile. So no mixture is ever taken for whole.
     """
     checkpoint_dir = checkpoint_dir.resolve()
-    temporary = checkpoint_dir.with_name(f".{checkpoint_dir.name}.{os.getpid()}")
+    temporary = None
     try:
+        checkpoint_dir.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(checkpoint_dir)
+        temporary = Path(tempfile.mkdtemp(PART, ".checkpoint.", checkpoint_dir))
         task.save_model(model, temporary)
         task.tokenizer.save_pretrained(temporary)
-        write_json(checkpoint_dir / TRAINING_RECORD, UNFINISHED)
+        files = {}
+        for path in filter(Path.is_file, temporary.iterdir()):
+            as_user_wants(path)
+            if path.suffix != ".md":  # a card for people to write in
+                files[path.name] = file_checksum(path)
+        write_sealed_json(checkpoint_dir / TRAINING_RECORD, UNFINISHED)
         for name in CONFIGS:
             (checkpoint_dir / name).unlink(missing_ok=True)
         for pattern in WEIGHTS:
@@ -87,11 +126,12 @@ def save_checkpoint(checkpoint_dir: Path, task: ExampleTask, model, record: dict
                 path.unlink()
         for path in sorted(temporary.iterdir(), key=lambda path: path.name in CONFIGS):
             os.replace(path, checkpoint_dir / path.name)
-        write_json(checkpoint_dir / TRAINING_RECORD, record)
+        write_sealed_json(checkpoint_dir / TRAINING_RECORD, record | {FILES: files})
     except (OSError, SafetensorError) as error:
         raise UserError(f"the checkpoint {checkpoint_dir} can't be written: {first_line(error)}") from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
@@ -108,8 +148,8 @@ def not_left_empty(checkpoint_dir: Path) -> Iterator[None]:
 
 def mark_unfinished(checkpoint_dir: Path) -> None:
     """Let a directory without a checkpoint be known as train.py's own."""
-    if not read_training_record(checkpoint_dir):
-        write_json(Path(checkpoint_dir) / TRAINING_RECORD, UNFINISHED)
+    if not (checkpoint_dir / TRAINING_RECORD).exists():
+        write_sealed_json(checkpoint_dir / TRAINING_RECORD, UNFINISHED)
 
 
 def is_finished(checkpoint_dir: Path, record: dict, data: Callable[[], str]) -> bool:
@@ -129,7 +169,18 @@ def is_finished(checkpoint_dir: Path, record: dict, data: Callable[[], str]) -> 
         raise UserError(f"{checkpoint_dir} was trained with other flags: {differing}; {remedy}")
     if DATA in stored and stored[DATA] != data():
         raise UserError(f"{checkpoint_dir} was trained on other examples: the data has changed since; {remedy}")
+    changed = which_differ(stored.get(FILES, {}), checkpoint_dir)
+    if changed:
+        raise UserError(f"{checkpoint_dir / changed[0]} is no longer what train.py left: {remedy}")
     return True
+
+
+def is_made_by(checkpoint_dir: Path, made_by: str) -> bool:
+    """Whether a run of that name finished it."""
+    try:
+        return read_training_record(str(checkpoint_dir)).get(MADE_BY) == made_by
+    except UserError:  # then it is nobody's
+        return False
 
 
 def require_same_data(task: ExampleTask, arguments, train_dataset: Sequence[Any]) -> None:

@@ -4,11 +4,12 @@ import numpy as np
 
 from influence_core.errors import UserError
 from influence_core.experiments import figures
-from influence_core.experiments.arguments import check_size, parse, run_script
+from influence_core.experiments.arguments import check_size, parse
 from influence_core.experiments.bank import Retraining
 from influence_core.experiments.retraining import Experiment
+from influence_core.experiments.running import run_script
 from influence_core.experiments.score_sources import load_all_scores
-from influence_core.storage import write_json
+from influence_core.files import write_json
 from influence_core.tasks.example import ExampleTask
 
 RANDOM = "random"

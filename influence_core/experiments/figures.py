@@ -1,12 +1,13 @@
 """The figures of the experiments, each drawn from a stored JSON result alone."""
 
 import json
-import os
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+
+from influence_core.files import write_whole
 
 # Okabe and Ito's palette: its colours stay apart for every kind of colour vision.
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"]
@@ -121,8 +122,6 @@ def _in_lines(name: str) -> str:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    figure.savefig(temporary, dpi=150, metadata={"Software": None})
-    os.replace(temporary, path)
+    kind = path.suffix.removeprefix(".")
+    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=150, format=kind, metadata={"Software": None}))
     return path

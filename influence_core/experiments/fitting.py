@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from influence_core.errors import UserError
+from influence_core.experiments.resuming import TrainingState
 from influence_core.tasks.example import ExampleTask
 
 
@@ -82,6 +83,7 @@ def fit(
     accelerator,
     bar: tqdm | None = None,
     after_step: Callable[[int, nn.Module], None] = lambda step, model: None,
+    state: TrainingState | None = None,
 ) -> nn.Module:
     """Train the model; returns it as `accelerator` (an Accelerator or OneDevice) wrapped it.
 
@@ -89,6 +91,7 @@ def fit(
         seed: of the order of the examples; that of dropout is torch's own generator.
         bar: moved on at every step.
         after_step: called with the number of steps done and the model, which it leaves as it is.
+        state: gone on from, and kept after each epoch.
     Raises:
         UserError: the loss is NaN or infinite.
     """
@@ -98,8 +101,13 @@ def fit(
     loader = DataLoader(dataset, recipe.train_batch_size, shuffle=True, generator=generator, collate_fn=task.collate)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     model.train()
-    total, done = recipe.num_steps(len(dataset), accelerator.num_processes), 0
-    for epoch in range(recipe.num_train_epochs):
+    total = recipe.num_steps(len(dataset), accelerator.num_processes)
+    first = 0 if state is None else state.load(accelerator.unwrap_model(model), optimizer, generator)
+    done = total // max(1, recipe.num_train_epochs) * first
+    if bar is not None and first:
+        bar.write(f"Going on after epoch {first} of {recipe.num_train_epochs}")
+        bar.initial = bar.n = done
+    for epoch in range(first, recipe.num_train_epochs):
         for step, batch in enumerate(loader):
             with accelerator.autocast():
                 loss = task.training_loss(model, batch)
@@ -118,6 +126,11 @@ def fit(
             if bar is not None:
                 bar.update()
             after_step(done, model)
+        if state is not None and epoch + 1 < recipe.num_train_epochs:
+            state.save(epoch + 1, accelerator.unwrap_model(model), optimizer, generator)
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                state.forget(but_epoch=epoch + 1)
     return model
 
 

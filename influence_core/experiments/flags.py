@@ -43,8 +43,11 @@ def _add_pass_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train_batch_size", type=int, help="training examples in one pass")
 
 
-def _add_overwrite_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--overwrite", action="store_true", help="compute and store again what is stored already")
+def _add_writer_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="compute and store again what is stored already; what "
+                        "this same command had finished before it was interrupted stays")  # fmt: skip
+    parser.add_argument("--wait", action="store_true", help="if another process writes into the same directory, wait "
+                        "until it has ended")  # fmt: skip
 
 
 def _add_tracked_layers_argument(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +68,8 @@ def _add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_saving_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save_at", type=float, nargs="+", metavar="EPOCH", help="also leave the model after so many "
                         "epochs, or parts of one, in <checkpoint_dir>/step-…")  # fmt: skip
+    parser.add_argument("--resume", action=argparse.BooleanOptionalAction, help="keep the state after each epoch, and "
+                        "go on from there when the same command is run again after it was killed [yes]")  # fmt: skip
 
 
 def _add_result_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,6 +99,8 @@ def _add_analyze_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--use_tf32", action="store_true", help="float32 products of a GPU in TF32: faster, less exact")
     parser.add_argument("--use_compile", action="store_true", help="torch.compile the forward and backward pass")
     parser.add_argument("--use_ddp", action="store_true", help="several processes; launch with torchrun")
+    parser.add_argument("--progress_interval", type=float, metavar="SECONDS", help="between two notes of progress, "
+                        "from which a killed run goes on")  # fmt: skip
     parser.add_argument("--show_queries", type=int, help="show so many queries with their most influential sequence")
 
 
@@ -133,8 +140,8 @@ def _add_half_precision_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 SCRIPTS = {
-    "train": [_add_pass_arguments, _add_recipe_arguments, _add_saving_arguments, _add_overwrite_argument],
-    "analyze": [_add_result_arguments, _add_pass_arguments, _add_analyze_arguments, _add_overwrite_argument],
+    "train": [_add_pass_arguments, _add_recipe_arguments, _add_saving_arguments, _add_writer_arguments],
+    "analyze": [_add_result_arguments, _add_pass_arguments, _add_analyze_arguments, _add_writer_arguments],
     "evaluate_lds": [_add_result_arguments, _add_retraining_arguments, _add_lds_arguments, _add_figure_arguments,
                      _add_pass_arguments, _add_recipe_arguments],
     "run_counterfactual": [_add_result_arguments, _add_retraining_arguments, _add_counterfactual_arguments,

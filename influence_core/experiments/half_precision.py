@@ -5,10 +5,13 @@ from scipy.stats import spearmanr
 
 from influence_core.errors import UserError
 from influence_core.experiments import figures
-from influence_core.experiments.arguments import check_size, parse, run_script
+from influence_core.experiments.arguments import check_query, parse
 from influence_core.experiments.retraining import Experiment
+from influence_core.experiments.running import run_script
 from influence_core.experiments.score_sources import load_all_scores
-from influence_core.storage import differences, write_json
+from influence_core.files import write_json
+from influence_core.launch import Launch
+from influence_core.storage import differences
 from influence_core.tasks.example import ExampleTask
 
 RESULT = "half_precision.json"
@@ -21,9 +24,11 @@ def main(task_class: type[ExampleTask], description: str, argv: list[str] | None
 
 
 def _compare(task_class: type[ExampleTask], arguments) -> None:
+    if Launch.here().world_size > 1:
+        raise UserError("half_precision_analysis.py is the work of one process: run it without torchrun")
     experiment = Experiment(task_class, arguments)
     (strategy,) = arguments.factor_strategy[:1]
-    shown = check_size(arguments, "show_query", len(experiment.query_dataset) - 1, "last query's number")
+    shown = check_query(arguments, len(experiment.query_dataset))
     suffix = f"_{arguments.scores_suffix}" if arguments.scores_suffix else ""
     pair = [f"{strategy}{suffix}", f"{strategy}_half{suffix}"]
     for name, flag in zip(pair, ("", " --use_half_precision")):

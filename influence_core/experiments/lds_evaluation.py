@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from influence_core.errors import UserError, first_line
 from influence_core.experiments import figures
 from influence_core.experiments.analysis import describe_query
-from influence_core.experiments.arguments import check_size, parse, run_script
+from influence_core.experiments.arguments import check_query, parse
 from influence_core.experiments.bank import Retraining
 from influence_core.experiments.calibration import calibrate, calibration_lines
 from influence_core.experiments.lds import (
@@ -22,8 +22,9 @@ from influence_core.experiments.lds import (
     subset_masks,
 )
 from influence_core.experiments.retraining import Experiment
+from influence_core.experiments.running import run_script
 from influence_core.experiments.score_sources import load_all_scores
-from influence_core.storage import write_json
+from influence_core.files import write_json
 from influence_core.tasks.example import MEASUREMENT, ExampleTask
 
 RESULT = "lds.json"
@@ -38,7 +39,7 @@ def _evaluate(task_class: type[ExampleTask], arguments) -> None:
     experiment = Experiment(task_class, arguments)
     stored = load_all_scores(arguments.scores, experiment)
     scores = {name: each.matrix for name, each in stored.items()}
-    shown = check_size(arguments, "show_query", len(experiment.query_dataset) - 1, "last query's number")
+    shown = check_query(arguments, len(experiment.query_dataset))
     experiment.require_writable()
     masks, measurements = ground_truth(experiment)
     if not experiment.is_main:
@@ -107,6 +108,8 @@ def read_ground_truth(arguments, num_queries: int, num_train: int) -> tuple[np.n
             f"{arguments.measurements} must be [{len(masks)}, {num_queries}] or [{len(masks)}, repeats, {num_queries}]"
             f", not {measurements.shape}"
         )
+    if not measurements.size:
+        raise UserError(f"{arguments.measurements} holds no numbers: {measurements.shape}")
     if not np.isfinite(measurements).all():
         raise UserError(f"{arguments.measurements} holds numbers that are not finite")
     return masks.astype(bool), measurements.astype(np.float64)
@@ -116,6 +119,8 @@ def read_array(path: Path, allow_pickle: bool) -> np.ndarray:
     """The one array in a .npy, .pt or .safetensors file."""
     if path.suffix not in (".npy", ".pt", ".pth", ".safetensors"):
         raise UserError(f"{path} is no .npy, .pt or .safetensors file")
+    if not path.is_file():
+        raise UserError(f"{path} is {'no file' if path.exists() else 'not there'}")
     try:
         if path.suffix == ".npy":
             value = np.load(path, allow_pickle=allow_pickle)
@@ -123,7 +128,10 @@ def read_array(path: Path, allow_pickle: bool) -> np.ndarray:
             (value,) = load_file(path).values()
         else:
             value = torch.load(path, map_location="cpu", weights_only=not allow_pickle)
-        return torch.as_tensor(value).double().numpy()
+        value = torch.as_tensor(value)
+        if value.is_complex():
+            raise TypeError("it holds complex numbers")
+        return value.double().numpy()
     except Exception as error:  # unpickling may raise anything
         is_pickle = isinstance(error, pickle.UnpicklingError) or "allow_pickle" in str(error)
         if is_pickle and not allow_pickle:

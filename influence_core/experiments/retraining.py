@@ -1,6 +1,5 @@
 """Train again on a part of the training set, as the checkpoint was trained, and measure the queries."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -19,8 +18,10 @@ from influence_core.experiments.checkpoints import read_training_record, require
 from influence_core.experiments.fitting import OneDevice, Recipe, evaluate, fit
 from influence_core.experiments.flags import RECIPE_FLAGS
 from influence_core.experiments.trajectory import saved_checkpoints
+from influence_core.files import require_writable
 from influence_core.fingerprints import dataset_fingerprint, model_fingerprint
-from influence_core.storage import differences, require_writable
+from influence_core.launch import Launch
+from influence_core.storage import differences
 from influence_core.tasks.example import ExampleTask
 
 
@@ -32,8 +33,11 @@ class Experiment:
 
     def __init__(self, task_class: type[ExampleTask], arguments):
         require_checkpoint(task_class, arguments)
+        if getattr(arguments, "num_train_epochs", None) == 0 and not getattr(arguments, "masks", None):
+            raise UserError("--num_train_epochs 0: a retraining that does not train tells nothing")
         self.arguments = arguments
-        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        launch = Launch.here()
+        self.rank, self.world_size = launch.rank, launch.world_size
         self.task = task_class(**arguments.task)
         self.task.checkpoint_dir = arguments.checkpoint_dir
         self.train_dataset, self.query_dataset = load_datasets(self.task, arguments)
@@ -119,8 +123,7 @@ class Retrainer:
             self.recipe = replace(self.recipe, train_batch_size=self.recipe.train_batch_size * num_processes)
         self.eval_batch_size = arguments.eval_batch_size
         check_size(arguments, "train_batch_size", len(train_dataset), "training set")
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        device = torch.device("cuda", Launch.here().local_rank) if torch.cuda.is_available() else torch.device("cpu")
         self.one_device = OneDevice(device, self.recipe.use_half_precision)
         set_seed(record.get("seed", arguments.seed))
         self.model = task.load_model(None).to(device)

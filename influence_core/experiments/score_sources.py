@@ -69,8 +69,13 @@ def _load(name: str, experiment) -> Scores:
     else:  # made elsewhere
         file = path / FILE if path.is_dir() else path
         try:
-            scores = Scores(load_file(file)[SCORES].float().numpy(), {})
-        except (OSError, SafetensorError, KeyError) as error:
+            if not file.is_file():
+                raise OSError("it is no file")
+            matrix = load_file(file)[SCORES]
+            if not matrix.is_floating_point():
+                raise TypeError(f"its numbers are {str(matrix.dtype).removeprefix('torch.')}")
+            scores = Scores(matrix.float().numpy(), {})
+        except (OSError, SafetensorError, KeyError, TypeError) as error:
             raise UserError(f"{file} can't be read as scores, a safetensors file with {SCORES!r} ({error})") from None
     _check_shape(name, scores.matrix.shape, experiment)
     if not np.isfinite(scores.matrix).all():
@@ -103,6 +108,8 @@ def _load_own(name: str, path: Path, experiment) -> Scores:
 
 def _check_shape(name: str, shape: Sequence[int], experiment) -> None:
     expected = tuple(map(len, experiment.datasets))
+    if len(shape) != 2:
+        raise UserError(f"scores {name!r} have {len(shape)} dimensions in place of [queries, training examples]")
     if tuple(shape) != expected:
         raise UserError(
             f"scores {name!r} are of {shape[0]} queries and {shape[1]} training examples, and here are {expected[0]} "

@@ -1,6 +1,7 @@
 """train.py of every example: AdamW at a fixed rate, on whatever accelerate finds, one process or many."""
 
 import gc
+import json
 import math
 import os
 from collections.abc import Sequence
@@ -13,10 +14,13 @@ from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from influence_core.errors import UserError
-from influence_core.experiments.arguments import check_size, parse, run_script
+from influence_core.experiments.arguments import check_size, parse
 from influence_core.experiments.checkpoints import (
     DATA,
+    MADE_BY,
+    STATE,
     is_finished,
+    is_made_by,
     mark_unfinished,
     not_left_empty,
     refuse_foreign_directory,
@@ -24,6 +28,9 @@ from influence_core.experiments.checkpoints import (
 )
 from influence_core.experiments.fitting import Recipe, evaluate, fit
 from influence_core.experiments.flags import RECIPE_FLAGS
+from influence_core.experiments.overwriting import overwriting
+from influence_core.experiments.resuming import TrainingState
+from influence_core.experiments.running import run_script
 from influence_core.experiments.trajectory import (
     NUM_STEPS,
     SAVED,
@@ -32,8 +39,10 @@ from influence_core.experiments.trajectory import (
     saved_steps,
     step_directory,
 )
-from influence_core.fingerprints import dataset_fingerprint
-from influence_core.storage import require_writable
+from influence_core.files import remove_leftovers, require_writable
+from influence_core.fingerprints import dataset_fingerprint, model_fingerprint
+from influence_core.launch import Launch
+from influence_core.locks import only_writer
 from influence_core.tasks.example import ExampleTask, is_main_process
 
 
@@ -43,28 +52,43 @@ def main(task_class: type[ExampleTask], description: str, argv: list[str] | None
 
 
 def _run(task_class: type[ExampleTask], arguments) -> None:
-    with not_left_empty(Path(arguments.checkpoint_dir)):
-        _train(task_class, arguments)
-
-
-def _train(task_class: type[ExampleTask], arguments) -> None:
     checkpoint_dir = Path(arguments.checkpoint_dir)
     refuse_foreign_directory(checkpoint_dir, arguments.task)
-    task = task_class(**arguments.task)
-    record = arguments.task | task.found_flags()
-    record |= {flag: getattr(arguments, flag) for flag in ("seed", "num_train", "save_at", *RECIPE_FLAGS)}
-    record["num_processes"] = int(os.environ.get("WORLD_SIZE", 1))
-    if not arguments.overwrite and is_finished(checkpoint_dir, record, lambda: _data(task, arguments)):
-        if is_main_process():
-            print(f"Found finished {checkpoint_dir}, trained with the same flags; --overwrite trains again")
-        return
-    accelerator = Accelerator(
-        mixed_precision="bf16" if arguments.use_half_precision else "no",
-        # Told so, or without a GPU it would not see the other processes, and each would train by itself.
-        cpu="LOCAL_RANK" in os.environ and not torch.cuda.is_available(),
-    )
-    if accelerator.is_main_process:
-        require_writable(checkpoint_dir)
+    with (
+        not_left_empty(checkpoint_dir),
+        only_writer(checkpoint_dir, bool(arguments.wait), is_main_process()),
+    ):
+        task = task_class(**arguments.task)
+        record = arguments.task | task.found_flags()
+        record |= {flag: getattr(arguments, flag) for flag in ("seed", "num_train", "save_at", *RECIPE_FLAGS)}
+        record["num_processes"] = Launch.here().world_size
+        found = f"Found finished {checkpoint_dir}, trained with the same flags; --overwrite trains again"
+        if not arguments.overwrite and is_finished(checkpoint_dir, record, lambda: _data(task, arguments)):
+            if is_main_process():
+                print(found)
+            return
+        accelerator = Accelerator(
+            mixed_precision="bf16" if arguments.use_half_precision else "no",
+            # Told so, or without a GPU it would not see the other processes, and each would train by itself.
+            cpu="LOCAL_RANK" in os.environ and not torch.cuda.is_available(),
+        )
+        if accelerator.is_main_process:
+            require_writable(checkpoint_dir)
+            remove_leftovers(checkpoint_dir)
+        if not arguments.overwrite:
+            _train(task, arguments, record, accelerator)
+            return
+        everyone = accelerator.is_main_process, accelerator.wait_for_everyone
+        with overwriting(checkpoint_dir, vars(arguments), *everyone) as made_by:
+            if is_made_by(checkpoint_dir, made_by):
+                accelerator.print(found)
+            else:
+                _train(task, arguments, record | {MADE_BY: made_by}, accelerator)
+    accelerator.end_training()
+
+
+def _train(task: ExampleTask, arguments, record: dict[str, Any], accelerator: Accelerator) -> None:
+    checkpoint_dir = Path(arguments.checkpoint_dir)
     set_seed(arguments.seed)
     model = task.load_model(None)
     splits = {split: task.load_dataset(split) for split in ("train", "validation")}
@@ -96,14 +120,19 @@ def _train(task_class: type[ExampleTask], arguments) -> None:
             save(step_directory(checkpoint_dir, step), accelerator.unwrap_model(model), {STEP: step})
             model.train()
 
+    state = None
+    if arguments.resume is not False:
+        identity = json.loads(json.dumps(record | {"initial_model": model_fingerprint(model)}))
+        state = TrainingState(checkpoint_dir / STATE, identity, accelerator.process_index, accelerator.num_processes)
     with tqdm(total=num_steps, desc="Train", unit="step", disable=not accelerator.is_main_process) as bar:
-        model = fit(task, model, splits["train"], recipe, arguments.seed, accelerator, bar, after_step)
+        model = fit(task, model, splits["train"], recipe, arguments.seed, accelerator, bar, after_step, state)
         model = accelerator.unwrap_model(model)
     _let_go_of_wrappers(accelerator)
     # Before the evaluation, that may fail: it can be done again, without training.
     save(checkpoint_dir, model, {NUM_STEPS: num_steps, SAVED: saved})
     if accelerator.is_main_process:
         forget_other_steps(checkpoint_dir, [step for _, step in saved])
+        TrainingState(checkpoint_dir / STATE, {}).remove()
         print(f"Checkpoint: {checkpoint_dir}", flush=True)
     accelerator.wait_for_everyone()
     for split, dataset in splits.items():
@@ -116,7 +145,6 @@ def _train(task_class: type[ExampleTask], arguments) -> None:
                 f"{checkpoint_dir} was kept"
             )
         accelerator.print(f"{split:<10} " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-    accelerator.end_training()
 
 
 def _data(task: ExampleTask, arguments) -> str:

@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from influence_core.errors import UserError
-from influence_core.experiments.checkpoints import is_checkpoint, read_training_record
+from influence_core.experiments.checkpoints import (
+    FILES,
+    TRAINING_RECORD,
+    is_checkpoint,
+    read_training_record,
+    require_unchanged,
+)
 from influence_core.experiments.flags import ALL
 from influence_core.storage import differences
 
@@ -27,9 +33,9 @@ def step_directory(checkpoint_dir: Path, step: int) -> Path:
 
 def forget_other_steps(checkpoint_dir: Path, steps: Sequence[int]) -> None:
     """Remove what an earlier training left on its way."""
+    current = [step_directory(checkpoint_dir, step) for step in steps]
     for path in Path(checkpoint_dir).glob("step-*"):
-        step = read_training_record(str(path)).get(STEP)
-        if step is not None and path == step_directory(checkpoint_dir, step) and step not in steps:
+        if path not in current and (path / TRAINING_RECORD).exists() and path.name.removeprefix("step-").isdecimal():
             shutil.rmtree(path)
 
 
@@ -71,8 +77,9 @@ def chosen_checkpoints(checkpoint_dir: str, which: str | Sequence[float]) -> dic
 def _require_same_training(directory: Path, last: Path, record: dict[str, Any]) -> None:
     if not is_checkpoint(directory):
         raise UserError(f"the checkpoint {directory} is missing: train again with --overwrite")
-    wanted = {key: value for key, value in record.items() if key not in (NUM_STEPS, SAVED)}
+    wanted = {key: value for key, value in record.items() if key not in (NUM_STEPS, SAVED, FILES)}
     differing = differences(read_training_record(str(directory)), wanted)
     if differing:
         raise UserError(f"{directory} is not of the training that left {last}: {differing}; train again with "
                         "--overwrite")  # fmt: skip
+    require_unchanged(directory)

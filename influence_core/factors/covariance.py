@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from influence_core.captured import Captured
+from influence_core.files import Tensors
 from influence_core.layers import TrackedLayer
 from influence_core.precision import Precision
-from influence_core.storage import Tensors
 
 # Widths of the blocks of a covariance: of smaller ones the products are slower than what symmetry saves, larger ones
 # save less of it.

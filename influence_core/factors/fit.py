@@ -1,6 +1,7 @@
 """Fit the factors of a strategy, stage by stage; each stage finds its inputs on disk and leaves its result there."""
 
 import itertools
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -13,9 +14,10 @@ from influence_core.factors.eigendecomposition import WIDE, eigendecomposition
 from influence_core.factors.kept import KeptCaptures
 from influence_core.factors.lambdas import LambdaSums
 from influence_core.factors.strategies import STRATEGIES, Strategy, find_strategy
+from influence_core.files import Tensors
 from influence_core.finite import listed, not_finite, require_finite
 from influence_core.layers import TrackedLayer
-from influence_core.storage import StageStore, Tensors
+from influence_core.storage import StageStore
 from influence_core.study import Study
 
 
@@ -99,7 +101,7 @@ def _perform_eigendecomposition(study: Study, store: StageStore, covariance_stor
         # The largest first, dealt out to the processes in turn, so that all finish at about the same time.
         jobs = sorted(sizes, key=lambda job: -sizes[job])
         partition = {"rank": runtime.rank, "world_size": runtime.world_size}
-        _, done = store.load_progress(partition) or (0, {})
+        _, done = store.load_progress(partition, runtime.warn) or (0, {})
         mine = [job for job in jobs[runtime.rank :: runtime.world_size] if _named("eigenvalues", job) not in done]
 
         def decompose(job: tuple[str, str]) -> tuple[Tensor, Tensor]:
@@ -120,7 +122,7 @@ def _perform_eigendecomposition(study: Study, store: StageStore, covariance_stor
                 done |= {_named("eigenvalues", job): values, _named("eigenvectors", job): vectors}
                 bar.update()
                 if clock.is_due():
-                    store.save_progress(partition, len(done), done)
+                    clock.keep(partial(store.save_progress, partition, len(done), done))
         covariances.clear()  # also those that other processes decomposed
         for number, job in enumerate(jobs):
             for part, shape in (("eigenvalues", (sizes[job],)), ("eigenvectors", (sizes[job], sizes[job]))):
@@ -197,7 +199,7 @@ def _accumulate(
     runtime, order = study.runtime, study.train_order
     partition = {"rank": runtime.rank, "world_size": runtime.world_size, "order": study.train_order_digest}
     done = 0
-    progress = store.load_progress(partition)
+    progress = store.load_progress(partition, runtime.warn)
     if progress is not None:
         done, tensors = progress
         for name, tensor in tensors.items():
@@ -222,7 +224,7 @@ def _accumulate(
             bar.update(len(indices))
             if clock.is_due():
                 study.watch.look()
-                store.save_progress(partition, done, sums.tensors)
+                clock.keep(partial(store.save_progress, partition, done, sums.tensors))
     runtime.all_reduce(sums.tensors.values())
     overflown = not_finite(sums.tensors)
     if overflown:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from influence_core.captured import Captured
 from influence_core.factors.eigenbasis import Eigenbasis
+from influence_core.files import Tensors
 from influence_core.layers import TrackedLayer
 from influence_core.precision import Precision
-from influence_core.storage import Tensors
 
 # Bytes of per-sample gradients held at once. On a CPU so few that they stay in its cache, and that the allocator gives
 # the same pages again (beyond 32 MiB it takes fresh ones each time, which costs as much as the product).

@@ -22,9 +22,9 @@ from torch import Tensor
 from influence_core.captured import Captured
 from influence_core.errors import UserError
 from influence_core.factors.eigenbasis import Eigenbasis
+from influence_core.files import Tensors
 from influence_core.layers import TrackedLayer
 from influence_core.precision import Precision
-from influence_core.storage import Tensors
 
 HEURISTIC = "heuristic"
 HEURISTIC_SCALE = 0.1

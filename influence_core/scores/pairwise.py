@@ -11,6 +11,7 @@ Source: Grosse et al. 2023, arXiv:2308.03296, eq. 8 and section 3.
 
 import itertools
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,13 +20,14 @@ from torch import Tensor
 from influence_core.batches import order_examples, share, shares
 from influence_core.captured import Captured, captured_bytes
 from influence_core.factors.strategies import Damping, Preconditioner, find_strategy
+from influence_core.files import Tensors
 from influence_core.layers import Parts, TrackedLayer
 from influence_core.scores.cost import preconditioning_chunk
 from influence_core.scores.gradients import PerSampleGradients, slices
 from influence_core.scores.overflow import overflow
 from influence_core.scores.plan import Plan
 from influence_core.scores.stored import SCORES, pairwise_score_store, score_scale
-from influence_core.storage import StageStore, Tensors
+from influence_core.storage import StageStore
 from influence_core.study import Study
 
 
@@ -107,7 +109,7 @@ class _PairwiseJob:
         }
         order = self.study.train_order
         done = 0  # examples, in the order of the passes
-        progress = progress_store.load_progress(partition)
+        progress = progress_store.load_progress(partition, runtime.warn)
         if progress is not None:
             done, tensors = progress
             self.scores.copy_(tensors["scores"])
@@ -131,7 +133,8 @@ class _PairwiseJob:
                         self.study.watch.look()
                         if not scores.isfinite().all():
                             break
-                        progress_store.save_progress(partition, first + num_done, {"scores": self.scores})
+                        progress = {"scores": self.scores}
+                        clock.keep(partial(progress_store.save_progress, partition, first + num_done, progress))
                 training_pass.close()
                 if not scores.isfinite().all():
                     raise overflow(self.study, self.gradients, group, tile, resident, scores, self.columns)

@@ -7,6 +7,9 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from influence_core.errors import UserError
+
+LONG_WORD = re.compile(r"(\S{1000})")
 DEMO_CORPUS = "pydoc_data.topics"  # as --dataset_name_or_path: this corpus
 HEADING = re.compile(r"(.+)\n([*=\-~^])\2{3,}")  # a line of text, underlined
 # Special tokens of new tokenizers, in the order of their indices, and what they are for.
@@ -97,6 +100,9 @@ def demo_summaries(split: str) -> list[dict]:
 def train_tokenizer(texts: list[str], vocab_size: int, style: str) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on the texts, with special tokens as those of "gpt2", "roberta" or "t5"."""
     special_tokens = SPECIAL_TOKENS[style]
+    least = len(pre_tokenizers.ByteLevel.alphabet()) + len(special_tokens)
+    if vocab_size < least:
+        raise UserError(f"--vocab_size must be at least {least}, for all bytes and special tokens, not {vocab_size}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -106,7 +112,8 @@ def train_tokenizer(texts: list[str], vocab_size: int, style: str) -> PreTrained
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    # Training takes the square of a word's length, so what no word is, a line of base64 say, is taken in parts.
+    tokenizer.train_from_iterator((LONG_WORD.sub(r"\1 ", text) for text in texts), trainer)
     end = ("</s>", tokenizer.token_to_id("</s>"))
     if style == "roberta":
         tokenizer.post_processor = processors.RobertaProcessing(end, ("<s>", tokenizer.token_to_id("<s>")))

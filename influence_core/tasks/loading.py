@@ -81,7 +81,9 @@ def _reason(error: Exception, source: str) -> str:
     globs = (sorted(Path(source).glob(f"{pattern}[!._]*.*")) for pattern in ("", "*/"))
     files = [Path(source), *itertools.chain.from_iterable(globs)]
     empty = next((path for path in files if path.is_file() and not path.stat().st_size), None)
-    return f"{empty} is empty ({reason})" if empty else reason
+    if empty:
+        return f"{empty} is empty" + (f" ({reason})" if " " in reason else "")
+    return reason
 
 
 def _first_sentence(text: str) -> str:

@@ -6,18 +6,24 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.constants import DEFAULT_REVISION
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
 from influence_core.errors import UserError
+from influence_core.runtime import free_system_memory
 from influence_core.tasks.example import is_main_process
 from influence_core.tasks.loading import load_from
 from influence_core.tasks.weights import Differences, load_weights, require_a_start, require_whole
+from influence_core.units import gigabytes
 
 Adapt = Callable[[PretrainedConfig, bool], None]  # changes or refuses a config; told whether training starts from it
 MODEL_FLAG = "--model_name_or_path"
 # The function that some configs call gelu_new, as one kernel instead of eight.
+_SIZES = ("hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings", "intermediate_size", "n_inner")
+_NUMBERS_OF_LAYERS = ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_layers", "num_decoder_layers")
+MOST_LAYERS = 10_000
 GELU, FUSED_GELU = "gelu_new", "gelu_pytorch_tanh"
 
 
@@ -74,6 +80,9 @@ def new_model(
         UserError: the config has no such fields, or no model can be made of it.
     """
     stored: dict[str, Any] = {}
+    is_place = source is not None and (source.startswith((".", "~", "/")) or Path(source).exists())
+    if is_place and not Path(source, "config.json").is_file():  # else it is a Hub's, and its config is not asked for
+        raise UserError(f"can't load {MODEL_FLAG} {source}: it is no directory with a config.json, nor with weights")
     try:
         if source and Path(source, "config.json").is_file():
             config_class = type(AutoConfig.from_pretrained(source))
@@ -91,6 +100,7 @@ def new_model(
         stored = {key: value for key, value in stored.items() if key not in derived}
         config = config_class(**{**stored, **values})
         _adapt(config, adapt, True)
+        _refuse_impossible_sizes(auto_model, config)
         model = auto_model.from_config(config)
     except UserError:
         raise
@@ -122,6 +132,20 @@ def freeze(model: nn.Module, pattern: str, flag: str) -> None:
         trained[name].requires_grad_(False)
 
 
+def _refuse_impossible_sizes(auto_model: type, config: PretrainedConfig) -> None:
+    """Raise UserError for a model without layers, or one that this machine's memory does not hold."""
+    for name in (*_SIZES, *_NUMBERS_OF_LAYERS):
+        size = getattr(config, name, 1)
+        if isinstance(size, int) and size < 1:
+            raise UserError(f"--config_overrides: {name} is {size}, and no model is made of that")
+        if name in _NUMBERS_OF_LAYERS and size > MOST_LAYERS:
+            raise UserError(f"--config_overrides: {name} is {size}: at most {MOST_LAYERS:,}")
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        size = sum(parameter.nbytes for parameter in auto_model.from_config(config).parameters())
+    if size > free_system_memory():
+        raise UserError(f"--config_overrides: the weights alone are {gigabytes(size)}, more than there is memory")
+
+
 def _takes(config: PretrainedConfig, key: str, value: Any) -> bool:
     """Whether the config has a field that can be set: XLNet's number of positions is one that can only be read."""
     try:
@@ -147,4 +171,5 @@ def _adapt(config: PretrainedConfig, adapt: Adapt, is_start: bool) -> None:
 
 
 def _no_model(error: Exception) -> UserError:
-    return UserError(f"no model can be made with this config: {' '.join(str(error).split())}")
+    said = f"it knows no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+    return UserError(f"no model can be made with this config: {said}")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from influence_core.errors import UserError
+from influence_core.errors import UserError, first_line
 from influence_core.tasks.columns import Wanted, check_columns, find_columns, notes_on_columns, only_wanted
 from influence_core.tasks.csv_cells import column_types, is_csv, with_numbers
 from influence_core.tasks.example import is_main_process
@@ -137,6 +137,16 @@ class RowSource:
         return load_from(self.place, PLACE_FLAG, load, details, local="directory or file")
 
     def _whole(self, split: str) -> Part:
+        part = self._read(split)
+        try:
+            part.rows.data.validate(full=True)
+        except ValueError as error:  # of bytes that their reader took for text without a look
+            raise UserError(
+                f"{self.place} holds text that is not UTF-8 ({first_line(error)}): save it as UTF-8"
+            ) from None
+        return part
+
+    def _read(self, split: str) -> Part:
         name = self.splits[split] or split
         rows = self._load(split, lambda name: load_rows(self.place, self._builder, name))
         columns, notes = find_columns(column_types(rows, self._builder), self.wanted, self.place)

@@ -12,7 +12,7 @@ from pathlib import Path
 from influence_core.experiments.arguments import COMMON_DEFAULTS
 from influence_core.experiments.checkpoints import read_training_record
 from influence_core.factors.strategies import HEURISTIC
-from influence_core.storage import write_tensors
+from influence_core.files import write_tensors
 from tests.benchmarks.peer import Peer
 from tests.benchmarks.tasks import BENCHMARKED
 
