@@ -168,3 +168,42 @@ def test_a_retraining_that_fails_leaves_no_file_and_no_lock(tmp_path):
     assert not list(tmp_path.glob("*.safetensors"))
     bank.complete(plan(1), Recorder(tmp_path / "log"))
     assert_whole(tmp_path, 1)
+
+
+def test_a_bank_that_diverged_at_once_takes_other_settings(tmp_path):
+    """Nothing was made with the first ones; but while somebody works with these, they stay."""
+
+    def diverge(retraining):
+        with pytest.raises(UserError, match="made otherwise: learning_rate"):
+            RetrainingBank(tmp_path, SETTINGS | {"learning_rate": 0.01})
+        raise UserError("the training loss is nan")
+
+    with pytest.raises(UserError, match="nan"):
+        RetrainingBank(tmp_path, SETTINGS).complete(plan(1), diverge)
+    RetrainingBank(tmp_path, SETTINGS | {"learning_rate": 0.01}).complete(plan(1), Recorder(tmp_path / "log"))
+    with pytest.raises(UserError, match="made otherwise: learning_rate"):
+        RetrainingBank(tmp_path, SETTINGS)
+
+
+def test_retrainings_of_another_recipe_are_refused_without_their_bank(tmp_path):
+    """bank.json is gone: each tells itself what it is of."""
+    RetrainingBank(tmp_path, SETTINGS).complete(plan(1), Recorder(tmp_path / "log"))
+    (tmp_path / "bank.json").unlink()
+    other = RetrainingBank(tmp_path, SETTINGS | {"learning_rate": 0.01})
+    with pytest.raises(UserError, match=r"was made otherwise: learning_rate \(stored 0.1, now 0.01\)"):
+        other.complete(plan(1), Recorder(tmp_path / "log"))
+    assert len(Recorder(tmp_path / "log").done()) == 1
+
+
+def test_who_waits_says_for_whom(tmp_path, capfd):
+    process = start(tmp_path, tmp_path / "log", 3, 1, 0, 1)
+    wait_for(lambda: Recorder(tmp_path / "log").done())
+    work(tmp_path, tmp_path / "log", 0, 1, 0, 1)
+    process.join()
+    assert f"waiting for 1 of process {process.pid} on" in capfd.readouterr().err
+    assert len(Recorder(tmp_path / "log").done()) == 1
+
+
+def test_locks_of_finished_retrainings_are_gone(tmp_path):
+    RetrainingBank(tmp_path, SETTINGS).complete(plan(2), Recorder(tmp_path / "log"))
+    assert not list((tmp_path / "locks").iterdir()) and not list(tmp_path.glob("*.lock"))

@@ -101,6 +101,26 @@ def process_of_rank(rank: int, launcher: int) -> int | None:
     return None
 
 
+def killed_when_there(path, command, rank, log):
+    """Launch a job, kill one of its processes when a file is there, and see that it ends; what it printed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open(log, "w") as file:
+        job = subprocess.Popen(
+            [sys.executable, *map(str, command)], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
+        )
+    try:
+        deadline = time.monotonic() + 200
+        while not path.exists() and time.monotonic() < deadline and job.poll() is None:
+            time.sleep(0.005)
+        assert path.exists(), log.read_text()
+        os.kill(process_of_rank(rank, job.pid), signal.SIGKILL)
+        job.wait(timeout=ENDS_WITHIN)
+    finally:
+        job.kill()
+    assert job.returncode != 0
+    return log.read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="no /proc to find the process in")
 @pytest.mark.parametrize("rank", [0, 1])
@@ -111,23 +131,9 @@ def test_a_process_that_dies_ends_the_job_and_a_rerun_goes_on(rank, tmp_path):
     output_dir = tmp_path / "results"
     flags = ["--preset", "demo", "--factor_strategy", "ekfac", "--factor_batch_size", "2", "--use_ddp"]
     command = [*TORCHRUN, "wikitext_gpt2/analyze.py", *flags, *place, "--output_dir", output_dir]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    log = tmp_path / "log"
-    with open(log, "w") as file:
-        job = subprocess.Popen(
-            [sys.executable, *map(str, command)], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
-        )
-    try:
-        covariance, deadline = output_dir / "factors_ekfac" / "covariance.json", time.monotonic() + 200
-        while not covariance.exists() and time.monotonic() < deadline and job.poll() is None:
-            time.sleep(0.005)
-        assert covariance.exists(), log.read_text()
-        os.kill(process_of_rank(rank, job.pid), signal.SIGKILL)
-        job.wait(timeout=ENDS_WITHIN)
-    finally:
-        job.kill()
-    out = log.read_text()
-    assert job.returncode != 0 and "SIGKILL" in out and f"rank      : {rank}" in out
+    covariance = output_dir / "factors_ekfac" / "covariance.json"
+    out = killed_when_there(covariance, command, rank, tmp_path / "log")
+    assert "SIGKILL" in out and f"rank      : {rank}" in out
     assert not (output_dir / "scores_ekfac" / "pairwise_scores.json").exists()
 
     out = run_process(command).ok()
@@ -136,6 +142,21 @@ def test_a_process_that_dies_ends_the_job_and_a_rerun_goes_on(rank, tmp_path):
     file = "scores_ekfac/pairwise_scores.safetensors"
     pair = torch.stack([load_file(tmp_path / name / file)["all_modules"].flatten() for name in ("results", "one")])
     assert torch.corrcoef(pair)[0, 1] > 0.999
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="no /proc to find the process in")
+def test_a_killed_training_of_two_processes_ends_in_the_same_bytes(tmp_path):
+    """Each process draws its own dropout, and both share the order of the examples."""
+    flags = [*train_flags("wikitext_gpt2"), "--num_train", "400", "--num_train_epochs", "3", "--checkpoint_dir"]
+    command = [*TORCHRUN, "wikitext_gpt2/train.py", *flags]
+    run_process([*command, tmp_path / "whole"]).ok()
+    states = tmp_path / "killed" / ".training"
+    killed_when_there(states / "epoch-1.process-1.safetensors", [*command, tmp_path / "killed"], 1, tmp_path / "log")
+    assert not (tmp_path / "killed" / "config.json").exists()
+    assert "Going on after epoch" in run_process([*command, tmp_path / "killed"]).ok()
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "killed")]
+    assert weights[0] == weights[1] and not states.exists()
 
 
 @pytest.mark.slow
