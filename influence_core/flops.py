@@ -3,6 +3,7 @@
 torch's own FlopCounterMode also says by which module, with hooks that fail where a model calls one under torch.no_grad.
 """
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -18,5 +19,8 @@ class FlopCount(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if count := flop_registry.get(func._overloadpacket):
+            # A product of narrow numbers into wide ones names its output's dtype, which the counts know nothing of.
+            args = [value for value in args if not isinstance(value, torch.dtype)]
+            kwargs = {name: value for name, value in kwargs.items() if not isinstance(value, torch.dtype)}
             self.total += count(*args, **kwargs, out_val=out)
         return out

@@ -20,6 +20,10 @@ from influence_core.errors import UserError
 from influence_core.launch import Launch
 from influence_core.precision import Precision
 
+# One process may wait for another's share, or for what only rank 0 does, as long as that takes. The dead are not waited
+# for: torchrun ends the job when a process does.
+LONGEST_WAIT = timedelta(days=7)
+
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
@@ -60,6 +64,12 @@ class Runtime:
                 "process without torchrun"
             )
         device = torch.device(f"cuda:{launch.local_rank}" if torch.cuda.is_available() else "cpu")
+        if device.type == "cuda" and launch.local_rank >= torch.cuda.device_count():
+            num_processes = os.environ.get("LOCAL_WORLD_SIZE", launch.world_size)
+            raise UserError(
+                f"{num_processes} processes on a machine with {torch.cuda.device_count()} GPUs: give torchrun "
+                f"--nproc-per-node={torch.cuda.device_count()} at most"
+            )
         if device.type == "cuda":
             torch.cuda.set_device(device)
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums are float32
@@ -68,7 +78,7 @@ class Runtime:
             torch.backends.cuda.matmul.allow_tf32 = precision.tf32
         if use_ddp:
             backend = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(minutes=30))
+            dist.init_process_group(backend, timeout=LONGEST_WAIT)
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)

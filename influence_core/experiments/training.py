@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from tqdm import tqdm
 
 from influence_core.errors import UserError
@@ -43,6 +43,7 @@ from influence_core.files import remove_leftovers, require_writable
 from influence_core.fingerprints import dataset_fingerprint, model_fingerprint
 from influence_core.launch import Launch
 from influence_core.locks import only_writer
+from influence_core.runtime import LONGEST_WAIT
 from influence_core.tasks.example import ExampleTask, is_main_process
 
 
@@ -69,6 +70,7 @@ def _run(task_class: type[ExampleTask], arguments) -> None:
             return
         accelerator = Accelerator(
             mixed_precision="bf16" if arguments.use_half_precision else "no",
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
             # Told so, or without a GPU it would not see the other processes, and each would train by itself.
             cpu="LOCAL_RANK" in os.environ and not torch.cuda.is_available(),
         )

@@ -14,8 +14,14 @@ def eigendecomposition(covariance: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         [d] and [d, d], in the dtype of the covariance; computed in float64. Cost: about 9 d^3 FLOPs.
     Raises:
-        torch.linalg.LinAlgError: it does not converge.
+        torch.linalg.LinAlgError: it does not converge, on the device nor on the CPU.
     """
-    eigenvalues, eigenvectors = torch.linalg.eigh(covariance.double())
+    try:
+        eigenvalues, eigenvectors = torch.linalg.eigh(covariance.double())
+    except torch.linalg.LinAlgError:  # a GPU's library gives up on matrices that LAPACK takes
+        if covariance.device.type == "cpu":
+            raise
+        found = torch.linalg.eigh(covariance.double().cpu())
+        eigenvalues, eigenvectors = (x.to(covariance.device) for x in found)
     # Contiguous: eigh returns its eigenvectors by columns, and a broadcast sends memory as it lies.
     return eigenvalues.clamp_(min=0).to(covariance.dtype), eigenvectors.to(covariance.dtype).contiguous()
