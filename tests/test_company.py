@@ -231,3 +231,9 @@ def test_control_characters_of_training_text_are_shown(tmp_path):
 
 def test_the_record_of_a_training_is_sealed(checkpoint):
     assert json.loads((checkpoint / "training.json").read_text())["digest"]
+
+
+def test_a_refusal_leaves_no_directory_nor_those_above_it(checkpoint, tmp_path):
+    flags = [*ANALYZE, "--checkpoint_dir", checkpoint, "--output_dir", tmp_path / "a" / "b" / "c"]
+    run("analyze", *flags, "--tracked_layers", "no_such_layer").error("no layer")
+    assert not list(tmp_path.iterdir())

@@ -136,14 +136,15 @@ def save_checkpoint(checkpoint_dir: Path, task: ExampleTask, model, record: dict
 
 @contextmanager
 def not_left_empty(checkpoint_dir: Path) -> Iterator[None]:
-    """Inside, a directory may be made that is removed again if nothing comes of it."""
-    existed = checkpoint_dir.exists()
+    """Inside, a directory may be made that is removed again if nothing comes of it, as are those above it."""
+    absent = [path for path in (checkpoint_dir, *checkpoint_dir.parents) if not os.path.lexists(path)]
     try:
         yield
     finally:
-        if not existed and is_main_process():
+        if is_main_process():
             with suppress(OSError):  # it has files
-                checkpoint_dir.rmdir()
+                for path in absent:
+                    path.rmdir()
 
 
 def mark_unfinished(checkpoint_dir: Path) -> None:
