@@ -6,6 +6,7 @@ leaves is known by that, and removed by the next one that has the directory to i
 A sealed file carries a digest of all that it says: one flipped bit, and it is refused.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -77,7 +78,14 @@ def remove_leftovers(directory: Path, name: str = "") -> None:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def refuse_link(path: Path) -> None:
+    """Raise UserError for a symbolic link where this program keeps a directory of its own: somebody planted it."""
+    if path.is_symlink():
+        raise UserError(f"{path} is a symbolic link, which is not followed: remove it")
 
 
 def require_writable(directory: Path) -> None:

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -34,11 +35,15 @@ class Holder:
 
     @classmethod
     def me(cls) -> "Holder":
-        job = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"))
-        return cls(socket.gethostname(), os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S"), job.strip(":"))
+        host, address = socket.gethostname(), os.environ.get("MASTER_ADDR", "")
+        is_of_this_host = address in ("", "localhost", "127.0.0.1")
+        rest = [os.environ.get(name, "") for name in ("MASTER_PORT", "TORCHELASTIC_RUN_ID")]
+        job = ":".join([host if is_of_this_host else address, *rest])
+        return cls(host, os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S"), job)
 
     def __str__(self) -> str:
-        return f"process {self.process} on {self.host}, since {self.since}"
+        host, since = (ascii(text)[1:-1][:100] for text in (str(self.host), str(self.since)))
+        return f"process {self.process:d} on {host}, since {since}"
 
 
 class Held(Exception):
@@ -59,8 +64,9 @@ def lock(path: Path) -> Iterator[None]:
     """
     descriptor = _acquire(path)
     try:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(asdict(Holder.me())).encode(), 0)
+        with contextlib.suppress(OSError):  # another user's, that can be locked and not written
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(asdict(Holder.me())).encode(), 0)
         yield
     finally:
         with contextlib.suppress(OSError):
@@ -80,18 +86,44 @@ def is_held(path: Path) -> bool:
 def holder_of(path: Path) -> Holder | None:
     """Who holds a lock now, as far as its file says; None if nobody has one there."""
     try:
-        stored = json.loads(path.read_text() or "{}")
-        return Holder(**{key: stored[key] for key in asdict(Holder()) if key in stored})
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, AttributeError):
+    except OSError:
         return Holder()
+    with open(descriptor, "rb") as file:
+        for _ in range(20):  # between taking and signing it, it is empty
+            content = file.read(10_000)
+            if content:
+                break
+            time.sleep(0.01)
+    try:
+        stored = json.loads(content)
+        return Holder(str(stored["host"]), int(stored["process"]), str(stored["since"]), str(stored["job"]))
+    except (ValueError, TypeError, KeyError):
+        return Holder()
+
+
+def _opened(path: Path) -> int:
+    """The file, made where there is none; a regular one that has no other name, or its content would be another's."""
+    flags = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
+    except PermissionError:
+        if not path.exists():
+            raise
+        descriptor = os.open(path, os.O_RDONLY | flags)  # another user's: the lock holds for both
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        os.close(descriptor)
+        raise OSError(errno.ELOOP, "what is there for a lock is a link or no file")
+    return descriptor
 
 
 def _acquire(path: Path) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        descriptor = _opened(path)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with contextlib.suppress(FileNotFoundError):
@@ -126,9 +158,9 @@ def only_writer(directory: Path, wait: bool, is_main: bool = True) -> Iterator[N
         if is_main:
             _hold(stack, path, wait)
         elif wait:
-            me = Holder.me()
-            while (holder := holder_of(path)) is not None and holder.job != me.job:
-                time.sleep(WAIT_SECONDS)
+            with contextlib.suppress(OSError):
+                while (holder := holder_of(path)) is not None and holder.job != Holder.me().job and is_held(path):
+                    time.sleep(WAIT_SECONDS)
         yield
 
 

@@ -157,9 +157,12 @@ class StageStore:
             names = list(read_sealed_json(self.manifest_path)["files"])
         except (OSError, Damaged):
             names = []
-        for path in [self.manifest_path, *(self.directory / name for name in names)]:
-            path.unlink(missing_ok=True)
-        self._remove_progress()
+        try:
+            for path in [self.manifest_path, *(self.directory / name for name in names)]:
+                path.unlink(missing_ok=True)
+            self._remove_progress()
+        except OSError as error:
+            raise UserError(f"{error.filename} can't be removed: {error.strerror}") from None
 
     def adopt(self, other: "StageStore") -> None:
         """Take over the finished result of another store by links to its files; checked when it is loaded."""

@@ -20,7 +20,7 @@ NUMBERS_THAT_ARE_NONE = [
                                                  ("x", NO_INT), ("1.5", NO_INT), (HUGE, f"--{flag} must be at most")])),
     *rows_of("train", "--num_train_epochs", [("-1", "at least 0"), ("nan", NO_INT), (HUGE, "at most 100,000")]),
     *rows_of("train", "--learning_rate", [("-1", "positive"), ("0", "positive"), ("inf", "finite"), ("nan", "finite"),
-                                          ("1e400", "finite"), ("x", NO_FLOAT), ("", NO_FLOAT)]),
+                                          ("1e400", "finite"), ("x", NO_FLOAT), ("", NO_FLOAT), ("1e300", "at most")]),
     *rows_of("train", "--weight_decay", [("-1", "at least 0"), ("nan", "finite"), ("x", NO_FLOAT)]),
     *rows_of("train", "--seed", [("-1", "from 0 to 2^32 - 1"), ("4294967296", "2^32"), ("x", NO_INT), (HUGE, "2^32")]),
     *rows_of("train", "--save_at", [("0", "positive"), ("-1", "positive"), ("5", "after the end"), ("nan", "finite"),
@@ -58,7 +58,8 @@ WORDS_THAT_ARE_NONE = [
     *rows_of("analyze", "--factor_strategy", [("nope", "choose from identity"), ("", "is empty"),
                                               (["ekfac", "ekfac"], "names one twice"), ([], "at least one argument")]),
     *rows_of("analyze", "--damping_factor", [("-1", "positive"), ("nan", "finite"), ("x1", "neither a number"),
-                                             ("heuristics", "neither a number"), ("", "neither a number")]),
+                                             ("heuristics", "neither a number"), ("", "neither a number"),
+                                             ("1e300x", "outside float32's range")]),
     *rows_of("analyze", "--track", [("none", "blocks or all"), ("", "is empty")]),
     *rows_of("analyze", "--tracked_layers", [("(", "no regular expression"), ("*", "nothing to repeat"),
                                              ("no_such_layer", "no layer that --tracked_layers")]),
@@ -71,6 +72,10 @@ WORDS_THAT_ARE_NONE = [
                                           (["tfidf", "tfidf"], "names one twice"), ([], "at least one argument")]),
     ("run_counterfactual", ["--scores", "nope"], "no scores 'nope'"),
     ("half_precision_analysis", [], "--use_half_precision"),
+    ("analyze", ["--output_dir", "s\udcff"], "no text in UTF-8"),
+    ("train", ["--dataset_name_or_path", "t\udcff.txt"], "no text in UTF-8"),
+    ("analyze", ["--tracked_layers", "x" * 100_000], "no layer that"),
+    ("train", ["--seed", "9" * 4000], "2^32"),
 ]  # fmt: skip
 
 PLACES = [
@@ -100,6 +105,7 @@ OVERRIDES = [
         ("activation_function=nope", "it knows no 'nope'"), ("resid_pdrop=2", "between 0 and 1"),
         ("n_layer=1000000000", "at most 10,000"), ("n_embd=1000000000", "no model can be made"),
         ("n_positions=1000000000000", "more than there is memory"), ("layer_norm_epsilon=x", "float"),
+        ("layer_norm_epsilon=nan", "finite"), ("to_dict=3", "has no to_dict"),
     )
 ]  # fmt: skip
 

@@ -5,14 +5,16 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from influence_core.errors import UserError
-from influence_core.files import PART, write_columns, write_json, write_tensors
+from influence_core.files import PART, write_columns, write_json, write_sealed_json, write_tensors
 from influence_core.launch import Launch
 from influence_core.locks import Held, Holder, holder_of, is_held, lock, only_writer
 from influence_core.runtime import Runtime
@@ -179,6 +181,51 @@ def test_a_planted_link_is_not_followed(name, tmp_path):
     assert victim.read_text() == "precious" and not (tmp_path / "results" / "c.safetensors").is_symlink()
 
 
+@pytest.mark.parametrize("name", ["step-2", ".training"])
+def test_a_planted_directory_is_not_followed(name, tmp_path):
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "epoch-1.safetensors").write_text("precious")
+    directory = tmp_path / "checkpoint"
+    directory.mkdir()
+    flags = [*TRAIN, "--num_train_epochs", "2", "--save_at", "1", "--train_batch_size", "32"]
+    write_sealed_json(directory / "training.json", {"unfinished": True})
+    (directory / name).symlink_to(victim)
+    run("train", *flags, "--checkpoint_dir", directory).error(f"{name} is a symbolic link")
+    assert list(contents(victim)) == ["epoch-1.safetensors"]
+
+
+def test_a_lock_that_is_another_name_of_a_file_is_not_written(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    os.link(victim, tmp_path / ".lock")
+    with pytest.raises(UserError, match="link or no file"), only_writer(tmp_path, wait=False):
+        pass
+    assert victim.read_text() == "precious"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two users")
+def test_two_users_are_not_both_in():
+    """The second can't write the first one's lock, and meets it all the same."""
+    with tempfile.TemporaryDirectory() as name, lock(Path(name) / ".lock"):
+        directory = Path(name)
+        os.chmod(directory, 0o777)
+        os.chmod(directory / ".lock", 0o644)
+        child = os.fork()
+        if child == 0:
+            code = 3
+            try:
+                os.setresuid(4002, 4002, 4002)
+                with only_writer(directory, wait=False):
+                    code = 0
+            except UserError as error:
+                code = 2 if f"process {os.getppid()} on" in str(error) else 4
+            finally:
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 2
+
+
 def test_a_planted_lock_is_not_followed(tmp_path):
     victim = tmp_path / "victim"
     victim.write_text("precious")
@@ -213,6 +260,12 @@ def test_an_output_that_nobody_takes(where, reading):
     done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=300)
     errors = [line for line in done.stderr.splitlines() if line.startswith(("error", "Traceback", "Exception"))]
     assert done.returncode == 2 and len(errors) == 1 and "the output can't be written" in errors[0], done.stderr
+
+
+def test_a_closed_output_is_as_none(reading):
+    command = " ".join(map(str, [sys.executable, *reading]))
+    done = subprocess.run(["bash", "-c", f"{command} >&-"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
 
 
 def test_control_characters_of_training_text_are_shown(tmp_path):

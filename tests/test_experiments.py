@@ -244,7 +244,7 @@ def test_pickled_ground_truth_takes_a_deliberate_flag(place, tmp_path):
         (["--num_masks", "0"], ["--num_masks must be positive"]),
         (["--subset_fraction", "1.0"], ["--subset_fraction must be below 1"]),
         (["--subset_fraction", "0.001"], ["keeps all or none"]),
-        (["--show_query", "4"], ["--show_query 4 is larger"]),
+        (["--show_query", "4"], ["--show_query 4: there are 4 queries"]),
         (["--num_train_epochs", "2"], ["num_train_epochs (stored 1, now 2)", "--bank_dir"]),
         (["--checkpoint_dir", "nowhere"], ["no checkpoint in nowhere", "train.py"]),
     ],

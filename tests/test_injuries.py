@@ -8,6 +8,7 @@ import signal
 import pytest
 from safetensors.torch import load_file
 
+from influence_core.experiments import training as script_of_training
 from tests.injuries import DAMAGES, events
 from tests.scripts import ANALYZE, NUMBERS, TRAIN, contents, run
 
@@ -89,10 +90,39 @@ def test_an_analysis_killed_at_every_write(analysis):
         killed_and_run_again(directory, expected, "analyze", flags, at)
 
 
-@pytest.mark.parametrize("quarter", range(4))
-def test_a_training_killed_at_some_writes(training, quarter):
+@pytest.mark.parametrize("place", [0, 0.3, 0.6, -6, -4, -2])
+def test_a_training_killed_at_some_writes(training, place):
+    """A part of all, or the last ones: beside the record of a finished checkpoint nothing stays either."""
     directory, flags, expected, count = training
-    killed_and_run_again(directory, expected, "train", flags, count * quarter // 4)
+    killed_and_run_again(directory, expected, "train", flags, int(place * count) if place >= 0 else count + place)
+    assert {path.name for path in directory.iterdir() if path.is_dir()} == {"step-2"}
+
+
+def test_a_requeued_overwrite_of_a_new_directory(training):
+    """Killed before there was a checkpoint: the directory is its own, and the state is gone on from."""
+    directory, flags, expected, _ = training
+    shutil.rmtree(directory)
+    events(directory, "train", *flags, "--overwrite", kill_at="epoch-1.process-0.safetensors")
+    assert "Going on after epoch 1 of 2" in run("train", *flags, "--overwrite").ok()
+    assert essence(directory) == expected
+
+
+def test_a_requeued_overwrite_trusts_no_checkpoint_that_changed(training, monkeypatch):
+    """Killed in the final evaluation, then damaged: trained again, not believed."""
+    directory, flags, expected, _ = training
+    run("train", *flags).ok()
+    monkeypatch.setattr(script_of_training, "evaluate", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+    _, code, _ = events(directory, "train", *flags, "--overwrite")
+    assert code == -signal.SIGKILL
+    monkeypatch.undo()
+    left = shutil.copytree(directory, directory.with_name("left"))
+    assert "Found finished" in run("train", *flags, "--overwrite").ok()
+    shutil.rmtree(directory)
+    shutil.copytree(left, directory)
+    (directory / "model.safetensors").write_bytes(b"garbage")
+    assert "Found finished" not in run("train", *flags, "--overwrite").ok()
+    assert essence(directory) == expected
+    shutil.rmtree(left)
 
 
 @pytest.mark.slow
@@ -155,18 +185,20 @@ RESULTS = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("keep", [1, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("path", RESULTS)
-def test_damaged_results_are_refused(path, analysis):
+def test_damaged_results_are_refused(path, keep, analysis):
     directory, flags, _, _ = analysis
     run("analyze", *flags).ok()
     scores = load_file(directory / "scores_ekfac" / "pairwise_scores.safetensors")["all_modules"].clone()
-    for what in damaged_runs(directory, flags, "analyze", path, keep=3):
+    for what in damaged_runs(directory, flags, "analyze", path, keep):
         stored = load_file(directory / "scores_ekfac" / "pairwise_scores.safetensors")["all_modules"]
         assert stored.equal(scores), what
 
 
+@pytest.mark.parametrize("keep", [1, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stage", ["covariance", "eigendecomposition", "lambda", "pairwise_scores"])
-def test_damaged_progress_starts_its_stage_again(stage, analysis):
+def test_damaged_progress_starts_its_stage_again(stage, keep, analysis):
     """A flipped bit anywhere, the number of steps, or a cut tail: a note, and the results of an uninjured run."""
     directory, flags, expected, _ = analysis
     name = f"{stage}.progress.0.safetensors"
@@ -174,7 +206,7 @@ def test_damaged_progress_starts_its_stage_again(stage, analysis):
     events(directory, "analyze", *flags, kill_at=name)
     left = shutil.copytree(directory, directory.with_name("left"), dirs_exist_ok=True)
     for kind, damage in DAMAGES.items():
-        for seed in range(2):
+        for seed in range(keep):
             shutil.rmtree(directory)
             shutil.copytree(left, directory)
             damage(next(directory.rglob(name)), seed)
@@ -187,18 +219,20 @@ def test_damaged_progress_starts_its_stage_again(stage, analysis):
 CHECKPOINT = ["training.json", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 
 
+@pytest.mark.parametrize("keep", [1, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("path", CHECKPOINT)
-def test_a_damaged_checkpoint_is_refused(path, training, tmp_path):
+def test_a_damaged_checkpoint_is_refused(path, keep, training, tmp_path):
     """Under a fresh output directory too: no preset's data, no other weights."""
     directory, train_flags, _, _ = training
     run("train", *train_flags).ok()
     flags = ["--preset", "demo", "--checkpoint_dir", directory, "--num_queries", "4", "--factor_strategy", "identity"]
-    for what in damaged_runs(directory, [*flags, "--output_dir", tmp_path / "new"], "analyze", path, keep=4):
+    for what in damaged_runs(directory, [*flags, "--output_dir", tmp_path / "new"], "analyze", path, keep):
         raise AssertionError(f"{what} was analyzed")
     assert not (tmp_path / "new").exists()
 
 
-def test_damaged_retrainings_and_banks(checkpoint, tmp_path):
+@pytest.mark.parametrize("keep", [1, pytest.param(8, marks=pytest.mark.slow)])
+def test_damaged_retrainings_and_banks(keep, checkpoint, tmp_path):
     common = [*NUMBERS, "--checkpoint_dir", checkpoint, "--output_dir", tmp_path / "results"]
     flags = [*common, "--num_masks", "2", "--num_repeats", "1", "--figure_dir", tmp_path, "--scores", "tfidf"]
     run("evaluate_lds", *flags).ok()
@@ -206,7 +240,7 @@ def test_damaged_retrainings_and_banks(checkpoint, tmp_path):
     assert {path.suffix for path in bank.iterdir()} == {".json", ".safetensors", ""}
     assert not list((bank / "locks").iterdir())
     for path in (bank / "bank.json", next(bank.glob("*.safetensors"))):
-        for what in damaged_runs(bank, flags, "evaluate_lds", path.name, keep=4):
+        for what in damaged_runs(bank, flags, "evaluate_lds", path.name, keep):
             raise AssertionError(f"{what} was used")
     (bank / "bank.json").unlink()
     run("evaluate_lds", *flags, "--learning_rate", "0.5").error("was made otherwise", "learning_rate")

@@ -14,7 +14,7 @@ from influence_core.averaging import analyze_checkpoints
 from influence_core.experiments.arguments import check_size, parse
 from influence_core.experiments.checkpoints import not_left_empty, require_checkpoint, require_same_data
 from influence_core.experiments.flags import LAST
-from influence_core.experiments.overwriting import overwriting
+from influence_core.experiments.overwriting import forget_overwriting, overwriting
 from influence_core.experiments.running import run_script
 from influence_core.experiments.trajectory import chosen_checkpoints
 from influence_core.locks import only_writer
@@ -48,6 +48,8 @@ def _analyze(task_class: type[ExampleTask], arguments) -> None:
         )
         if not arguments.overwrite:
             _run(task_class, arguments, runtime)
+            if runtime.is_main:
+                forget_overwriting(output_dir)
         else:
             with overwriting(output_dir, vars(arguments), runtime.is_main, runtime.barrier) as made_by:
                 _run(task_class, arguments, runtime, made_by)

@@ -27,6 +27,7 @@ from influence_core.files import (
     Damaged,
     read_sealed_json,
     read_sealed_tensors,
+    refuse_link,
     remove_leftovers,
     write_sealed_json,
     write_sealed_tensors,
@@ -74,31 +75,45 @@ class RetrainingBank:
     def __init__(self, directory: Path, settings: Mapping[str, Any]):
         self.directory, self.settings = Path(directory), dict(settings)
         self._named = json.loads(json.dumps(self.settings))  # as a file gives them back
-        path = self.directory / NAME
+        for each in (self.directory / NAME, self.directory / LOCKS):
+            refuse_link(each)
+        if self._stored() == self._named:  # also where nothing can be written
+            return
         with self._naming():  # two that begin at once must not both name the bank
             remove_leftovers(self.directory, NAME)
-            try:
-                stored = read_sealed_json(path)
-            except FileNotFoundError:
-                stored = None
-            except Damaged as reason:
-                raise UserError(
-                    f"{path} is not readable ({reason}): remove it, its retrainings tell themselves what they are of; "
-                    "or choose another --bank_dir"
-                ) from None
-            differing = differences(stored or self._named, self._named)
-            if differing and not self._is_unused():
-                raise UserError(
-                    f"the retrainings in {self.directory} were made otherwise: {differing}; choose another --bank_dir"
-                )
-            if stored is None or differing:
-                write_sealed_json(path, self.settings)
+            stored = self._stored()
+            if stored is not None and not self._is_unused():
+                self._require_same(stored)
+            if stored != self._named:
+                write_sealed_json(self.directory / NAME, self.settings)
+
+    def _stored(self) -> dict[str, Any] | None:
+        """What bank.json says, if there is one."""
+        path = self.directory / NAME
+        try:
+            return read_sealed_json(path)
+        except FileNotFoundError:
+            return None
+        except Damaged as reason:
+            raise UserError(
+                f"{path} is not readable ({reason}): remove it, its retrainings tell themselves what they are of; "
+                "or choose another --bank_dir"
+            ) from None
+
+    def _require_same(self, stored: Mapping[str, Any] | None) -> None:
+        differing = differences(stored or {}, self._named)
+        if differing:
+            raise UserError(
+                f"the retrainings in {self.directory} were made otherwise: {differing}; choose another --bank_dir"
+            )
 
     def _is_unused(self) -> bool:
         """Whether there is no retraining yet, nor one in hand: then it may become a bank of something else."""
-        return not any(self.directory.glob("*.safetensors")) and not any(
-            map(is_held, (self.directory / LOCKS).glob("*"))
-        )
+        try:
+            in_hand = any(map(is_held, (self.directory / LOCKS).glob("*")))
+        except OSError:  # something that nobody can lock
+            in_hand = True
+        return not in_hand and not any(self.directory.glob("*.safetensors"))
 
     def path(self, retraining: Retraining) -> Path:
         return self.directory / f"{retraining.name}.safetensors"
@@ -161,6 +176,7 @@ class RetrainingBank:
                 os.close(os.open(self.directory, os.O_RDONLY))  # a network file system then looks for the file anew
                 if path.exists():
                     return False
+                self._require_same(self._stored())  # others may have named it anew while nothing was in hand
                 remove_leftovers(self.directory, path.name)
                 mask = torch.frombuffer(bytearray(retraining.mask), dtype=torch.uint8)
                 values = {MASK: mask, SEED: torch.tensor(retraining.seed)} | retrain(retraining)

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers.utils import CONFIG_NAME
 
 from influence_core.errors import UserError, first_line
+from influence_core.experiments.overwriting import NOTE
 from influence_core.files import (
     PART,
     Damaged,
@@ -92,9 +93,12 @@ def refuse_foreign_directory(checkpoint_dir: Path, sources: dict[str, Any]) -> N
     for flag, source in sources.items():
         if flag.endswith("_or_path") and source and Path(source).resolve() == checkpoint_dir.resolve():
             raise UserError(f"--checkpoint_dir is --{flag}, which the checkpoint would replace: choose another")
-    if not checkpoint_dir.is_dir() or (checkpoint_dir / TRAINING_RECORD).exists():
+    record = checkpoint_dir / TRAINING_RECORD
+    if record.is_symlink() or (record.exists() and not record.is_file()):
+        raise UserError(f"{record} is no file: remove it, or choose another --checkpoint_dir")
+    if not checkpoint_dir.is_dir() or record.exists():
         return
-    own = (LOCK, STATE, PART)  # ends of what a training that was killed may have left
+    own = (LOCK, STATE, PART, NOTE)  # ends of what a training that was killed may have left
     if not all(path.name.startswith(".") and path.name.endswith(own) for path in checkpoint_dir.iterdir()):
         raise UserError(f"{checkpoint_dir} holds files that train.py did not make: choose another --checkpoint_dir")
 
@@ -176,11 +180,12 @@ def is_finished(checkpoint_dir: Path, record: dict, data: Callable[[], str]) -> 
     return True
 
 
-def is_made_by(checkpoint_dir: Path, made_by: str) -> bool:
-    """Whether a run of that name finished it."""
+def is_made_by(checkpoint_dir: Path, made_by: str, record: dict, data: Callable[[], str]) -> bool:
+    """Whether a run of that name finished it, as `is_finished` has it; nothing that changed since is."""
     try:
-        return read_training_record(str(checkpoint_dir)).get(MADE_BY) == made_by
-    except UserError:  # then it is nobody's
+        is_own = read_training_record(str(checkpoint_dir)).get(MADE_BY) == made_by
+        return is_own and is_finished(checkpoint_dir, record, data)
+    except UserError:
         return False
 
 

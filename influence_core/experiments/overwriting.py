@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from influence_core.files import Damaged, read_sealed_json, write_sealed_json
 from influence_core.fingerprints import digest
 from influence_core.locks import LOCK
 
-NOTE = "overwriting.json"  # in the directory, from the first start of such a command to its end
+NOTE = ".overwriting.json"  # in the directory, from the first start of such a command to its end
 _NOT_OF_THE_WORK = ("given", "overwrite", "wait", "progress_interval", "show_queries")  # flags that change no result
 
 
@@ -44,6 +44,12 @@ def overwriting(directory: Path, flags: Mapping[str, Any], is_main: bool, barrie
     barrier()
     if is_main:
         path.unlink(missing_ok=True)
+
+
+def forget_overwriting(directory: Path) -> None:
+    """For a command without --overwrite that has ended: what it left is not a killed --overwrite's any more."""
+    with suppress(OSError):
+        (directory / NOTE).unlink(missing_ok=True)
 
 
 def _anything_since(note: Path) -> bool:

@@ -20,6 +20,7 @@ from influence_core.files import (
     Damaged,
     Tensors,
     read_sealed_tensors,
+    refuse_link,
     remove_leftovers,
     write_sealed_tensors,
 )
@@ -38,6 +39,7 @@ class TrainingState:
         self.directory, self.identity = directory, dict(identity)
         self.rank, self.world_size = rank, world_size
         self.is_kept = True  # until the disk is full
+        refuse_link(directory)
 
     def save(self, epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer, order: torch.Generator) -> None:
         """Keep the state after so many epochs in place of the one before; where that can't be written, say so once."""
@@ -55,7 +57,9 @@ class TrainingState:
             print(f"Note: {error}: the training goes on, but could not be gone on with if it were killed", flush=True)
 
     def forget(self, but_epoch: int) -> None:
-        """Remove the states of other epochs; for one process, when all have saved."""
+        """Remove the states of other epochs, if all processes have saved this one; for one process, when all tried."""
+        if not all(self._path(but_epoch, rank).exists() for rank in (None, *range(self.world_size))):
+            return
         for path in self.directory.glob("epoch-*"):
             if not path.name.startswith(f"epoch-{but_epoch}."):
                 path.unlink(missing_ok=True)
@@ -63,6 +67,7 @@ class TrainingState:
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer, order: torch.Generator) -> int:
         """Go on from the latest state that all processes have; the number of epochs that are done, 0 without one."""
+        others = ""
         for epoch in self._epochs():
             try:
                 record, tensors = read_sealed_tensors(self._path(epoch))
@@ -74,15 +79,17 @@ class TrainingState:
                 continue
             differing = differences(record["identity"], self.identity)
             if differing or any(part["identity"] != record["identity"] for part, _ in parts):
-                self._say(f"Note: the training in {self.directory.parent} that did not end was another: {differing}; "
-                          "this one starts from its beginning")  # fmt: skip
-                return 0
+                others = differing
+                continue
             model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in tensors.items()
                                    if name.startswith("model.")}, strict=False)  # fmt: skip
             _restore_optimizer(optimizer, tensors)
             order.set_state(tensors["order"])
             _restore_generators(parts[self.rank][1])
             return epoch
+        if others:
+            self._say(f"Note: the training in {self.directory.parent} that did not end was another: {others}; this one "
+                      "starts from its beginning")  # fmt: skip
         return 0
 
     def remove(self) -> None:

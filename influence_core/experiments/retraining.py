@@ -14,7 +14,7 @@ from influence_core.errors import UserError
 from influence_core.experiments.analysis import load_datasets
 from influence_core.experiments.arguments import check_size
 from influence_core.experiments.bank import Retraining, RetrainingBank
-from influence_core.experiments.checkpoints import read_training_record, require_checkpoint
+from influence_core.experiments.checkpoints import not_left_empty, read_training_record, require_checkpoint
 from influence_core.experiments.fitting import OneDevice, Recipe, evaluate, fit
 from influence_core.experiments.flags import RECIPE_FLAGS
 from influence_core.experiments.trajectory import saved_checkpoints
@@ -90,7 +90,8 @@ class Experiment:
     def require_writable(self) -> None:
         """Prove that results and figures can be written, before any work; UserError otherwise."""
         for directory in (self.output_dir, self.figure_dir):
-            require_writable(directory)
+            with not_left_empty(directory):
+                require_writable(directory)
 
     def draw(self, result_name: str, draw: Callable[[Path, Path], Path], figure_name: str) -> None:
         """Draw the figure of a stored result, and say where both are."""

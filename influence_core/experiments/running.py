@@ -5,6 +5,7 @@ exit code 2     bad input, a full disk, an output that nobody reads any more
 """
 
 import contextlib
+import io
 import os
 import resource
 import signal
@@ -13,11 +14,14 @@ import threading
 import unicodedata
 from collections.abc import Callable, Iterator
 
+import torch.distributed as dist
+
 from influence_core.errors import UserError, first_line
 from influence_core.runtime import is_out_of_memory
 from influence_core.tasks.example import is_main_process
 from influence_core.units import gigabytes
 
+LONGEST_LINE = 900  # characters
 LEAST_MEMORY = 2_000_000_000  # bytes of address space
 GRACE_SECONDS = 5.0  # for a product in hand to end after a signal; then the process ends in its midst
 INTERRUPTED = "what was finished is stored; the same command goes on from there"
@@ -44,12 +48,20 @@ def run_script(script: Callable[[], None]) -> None:
         except OutputError as error:
             _end(_error_line(f"the output can't be written: {error}"), 2)
         except (MemoryError, RuntimeError, OSError, ImportError) as error:
+            if _is_of_another_process(error):
+                _end(_error_line("another process of this job ended, whose own message says why"), 2)
             if not _is_short_of_memory(error):
                 raise
             line = (
                 f"out of memory ({first_line(error)}): give less data, smaller batches, or a higher limit (ulimit -v)"
             )
             _end(_error_line(line), 2)
+
+
+def _is_of_another_process(error: Exception) -> bool:
+    """Whether it is what a collective says when somebody left it."""
+    told_by = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return dist.is_available() and dist.is_initialized() and any(text in str(error) for text in told_by)
 
 
 def _refuse_little_memory() -> None:
@@ -72,7 +84,10 @@ def _is_short_of_memory(error: Exception) -> bool:
 
 def _error_line(text: str) -> str:
     whose = "" if is_main_process() else f" (process {os.environ['RANK']})"
-    return f"error{whose}: {visible(' '.join(text.split()))}"
+    text = visible(" ".join(text.split()))
+    if len(text) > LONGEST_LINE:  # it quotes what was given
+        text = f"{text[: LONGEST_LINE // 2]} … {text[-LONGEST_LINE // 3 :]}"
+    return f"error{whose}: {text}"
 
 
 def _end(line: str | None, code: int) -> None:
@@ -136,7 +151,7 @@ class VisibleOutput:
 
 @contextlib.contextmanager
 def _safe_output() -> Iterator[None]:
-    stream = sys.stdout
+    stream = sys.stdout or io.StringIO()  # closed by who started it, so nobody wants it
     if hasattr(sys.stderr, "reconfigure"):
         sys.stderr.reconfigure(errors="backslashreplace")
     with contextlib.redirect_stdout(VisibleOutput(stream)):
@@ -160,7 +175,12 @@ def _signals() -> Iterator[None]:
         yield
         return
 
+    was_signalled = False
+
     def raise_it(number, frame):
+        nonlocal was_signalled
+        was_signalled = True
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun forwards what its whole group got already
         raise _Signalled
 
     read_end, write_end = os.pipe()
@@ -174,7 +194,8 @@ def _signals() -> Iterator[None]:
     finally:
         ended.set()
         signal.set_wakeup_fd(old_descriptor)
-        signal.signal(signal.SIGTERM, old_handler)
+        if not was_signalled:
+            signal.signal(signal.SIGTERM, old_handler)
         os.close(write_end)
 
 

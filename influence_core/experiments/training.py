@@ -23,12 +23,13 @@ from influence_core.experiments.checkpoints import (
     is_made_by,
     mark_unfinished,
     not_left_empty,
+    read_training_record,
     refuse_foreign_directory,
     save_checkpoint,
 )
 from influence_core.experiments.fitting import Recipe, evaluate, fit
 from influence_core.experiments.flags import RECIPE_FLAGS
-from influence_core.experiments.overwriting import overwriting
+from influence_core.experiments.overwriting import forget_overwriting, overwriting
 from influence_core.experiments.resuming import TrainingState
 from influence_core.experiments.running import run_script
 from influence_core.experiments.trajectory import (
@@ -39,7 +40,7 @@ from influence_core.experiments.trajectory import (
     saved_steps,
     step_directory,
 )
-from influence_core.files import remove_leftovers, require_writable
+from influence_core.files import refuse_link, remove_leftovers, require_writable
 from influence_core.fingerprints import dataset_fingerprint, model_fingerprint
 from influence_core.launch import Launch
 from influence_core.locks import only_writer
@@ -63,10 +64,11 @@ def _run(task_class: type[ExampleTask], arguments) -> None:
         record = arguments.task | task.found_flags()
         record |= {flag: getattr(arguments, flag) for flag in ("seed", "num_train", "save_at", *RECIPE_FLAGS)}
         record["num_processes"] = Launch.here().world_size
-        found = f"Found finished {checkpoint_dir}, trained with the same flags; --overwrite trains again"
+        found = f"Found finished {checkpoint_dir}, trained with the same flags"
         if not arguments.overwrite and is_finished(checkpoint_dir, record, lambda: _data(task, arguments)):
             if is_main_process():
-                print(found)
+                print(f"{found}; --overwrite trains again")
+                _tidy(checkpoint_dir)
             return
         accelerator = Accelerator(
             mixed_precision="bf16" if arguments.use_half_precision else "no",
@@ -79,11 +81,12 @@ def _run(task_class: type[ExampleTask], arguments) -> None:
             remove_leftovers(checkpoint_dir)
         if not arguments.overwrite:
             _train(task, arguments, record, accelerator)
+            forget_overwriting(checkpoint_dir)
             return
         everyone = accelerator.is_main_process, accelerator.wait_for_everyone
         with overwriting(checkpoint_dir, vars(arguments), *everyone) as made_by:
-            if is_made_by(checkpoint_dir, made_by):
-                accelerator.print(found)
+            if is_made_by(checkpoint_dir, made_by, record, lambda: _data(task, arguments)):
+                accelerator.print(f"{found} before this same command was interrupted")
             else:
                 _train(task, arguments, record | {MADE_BY: made_by}, accelerator)
     accelerator.end_training()
@@ -119,6 +122,7 @@ def _train(task: ExampleTask, arguments, record: dict[str, Any], accelerator: Ac
         if any(step == at for _, at in saved):
             if accelerator.is_main_process:
                 mark_unfinished(checkpoint_dir)
+            refuse_link(step_directory(checkpoint_dir, step))
             save(step_directory(checkpoint_dir, step), accelerator.unwrap_model(model), {STEP: step})
             model.train()
 
@@ -147,6 +151,15 @@ def _train(task: ExampleTask, arguments, record: dict[str, Any], accelerator: Ac
                 f"{checkpoint_dir} was kept"
             )
         accelerator.print(f"{split:<10} " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+
+
+def _tidy(checkpoint_dir: Path) -> None:
+    """Remove what a training that was killed in its last moments left beside the finished checkpoint."""
+    forget_overwriting(checkpoint_dir)
+    remove_leftovers(checkpoint_dir)
+    steps = [step for _, step in read_training_record(str(checkpoint_dir)).get(SAVED, ())]
+    forget_other_steps(checkpoint_dir, steps)
+    TrainingState(checkpoint_dir / STATE, {}).remove()
 
 
 def _data(task: ExampleTask, arguments) -> str:

@@ -24,7 +24,7 @@ LARGEST = {  # beyond these, work would not end, or memory not do, on any machin
     "memory_budget_gb": 10**6,
     "progress_interval": 10**9,
 }
-LARGEST_OTHER = 2**40
+LARGEST_INT, LARGEST_FLOAT = 2**40, 1e30  # of other flags
 LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, of a file system
 LONGEST_SUFFIX = 200  # there is more in the name
 _NAMES = (
@@ -67,26 +67,30 @@ def check_values(arguments: argparse.Namespace) -> None:
 def _check_number(flag: str, value: float) -> None:
     if flag == "seed" and not 0 <= value <= LARGEST[flag]:
         raise UserError(f"--seed must be from 0 to 2^32 - 1, not {_short(value)}")
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"--{flag} must be a finite number, not {value}")
     least_is_zero = flag in (*AT_LEAST_ZERO, "seed")
     if not (value >= 0 if least_is_zero else value > 0):
-        raise UserError(f"--{flag} must be {'at least 0' if least_is_zero else 'positive'}, not {value}")
-    largest = LARGEST.get(flag, LARGEST_OTHER if isinstance(value, int) else None)
-    if largest is not None and value > largest:
+        raise UserError(f"--{flag} must be {'at least 0' if least_is_zero else 'positive'}, not {_short(value)}")
+    largest = LARGEST.get(flag, LARGEST_INT if isinstance(value, int) else LARGEST_FLOAT)
+    if value > largest:
         raise UserError(f"--{flag} must be at most {largest:,}, not {_short(value)}")
 
 
 def _check_text(flag: str, value: str) -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"--{flag} {value} holds bytes that are no text in UTF-8") from None
     if not value.strip() and flag not in _MAY_BE_EMPTY:
         raise UserError(f"--{flag} is empty")
     if flag in _NAMES or flag.endswith(("_dir", "_path")):
         most = LONGEST_SUFFIX if flag == "scores_suffix" else LONGEST_NAME
-        longest = max(len(part.encode("utf-8", "surrogateescape")) for part in value.split("/"))
-        if longest > most or len(value.encode("utf-8", "surrogateescape")) > LONGEST_PATH:
+        longest = max(len(part.encode()) for part in value.split("/"))
+        if longest > most or len(value.encode()) > LONGEST_PATH:
             raise UserError(f"--{flag} is too long for the name of a file: {longest} bytes, at most {most}")
 
 
 def _short(value: Any) -> str:
     """A number as it was given, unless it has hundreds of digits."""
-    return str(value) if abs(value) < 10**30 else f"{value:.3g}"
+    return str(value) if abs(value) < 10**30 or isinstance(value, float) else f"one of {len(str(value))} digits"

@@ -62,7 +62,7 @@ def compute_pairwise_scores(
         scores = job.run(stores[todo[0]], made_by)
         with study.profiler("Save Pairwise Score"):
             num_train = len(study.train_dataset)
-            for name, block in zip(todo, scores):
+            for name, block in reversed(list(zip(todo, scores))):  # last the first, whose store has the progress
                 counts = {"num_queries": len(query_dataset), "num_train": num_train}
                 counts["scale"] = score_scale(name, num_train, factor_stores[name])
                 stores[name].save_columns(

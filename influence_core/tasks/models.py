@@ -21,7 +21,8 @@ from influence_core.units import gigabytes
 Adapt = Callable[[PretrainedConfig, bool], None]  # changes or refuses a config; told whether training starts from it
 MODEL_FLAG = "--model_name_or_path"
 # The function that some configs call gelu_new, as one kernel instead of eight.
-_SIZES = ("hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings", "intermediate_size", "n_inner")
+_SIZES = ("hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings", "intermediate_size", "n_inner",
+          "d_model", "d_kv", "d_ff", "num_heads")  # fmt: skip
 _NUMBERS_OF_LAYERS = ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_layers", "num_decoder_layers")
 MOST_LAYERS = 10_000
 GELU, FUSED_GELU = "gelu_new", "gelu_pytorch_tanh"
@@ -90,17 +91,17 @@ def new_model(
         default = config_class()
     except Exception as error:  # transformers checks a config in many ways
         raise _no_model(error) from None
-    unknown = [key for key in overrides if not hasattr(default, key)]
+    unknown = [key for key in overrides if callable(getattr(default, key, len))]  # methods are none
     if unknown:
         raise UserError(f"--config_overrides: a {config_class.__name__} has no {', '.join(unknown)}")
     values = {key: value for key, value in values.items() if _takes(default, key, value)}
-    values |= overrides
+    values |= {key: _as_is_usual(getattr(default, key), value) for key, value in overrides.items()}
     try:
         derived = _derived_fields(config_class, stored, values)
         stored = {key: value for key, value in stored.items() if key not in derived}
         config = config_class(**{**stored, **values})
         _adapt(config, adapt, True)
-        _refuse_impossible_sizes(auto_model, config)
+        _refuse_impossible_sizes(auto_model, config, default)
         model = auto_model.from_config(config)
     except UserError:
         raise
@@ -132,11 +133,20 @@ def freeze(model: nn.Module, pattern: str, flag: str) -> None:
         trained[name].requires_grad_(False)
 
 
-def _refuse_impossible_sizes(auto_model: type, config: PretrainedConfig) -> None:
+def _as_is_usual(usual: Any, value: Any) -> Any:
+    """A number in the type that a config has it in: 1 for 1.0, 1e3 for 1000."""
+    if type(usual) is float and type(value) is int:
+        return float(value)
+    if type(usual) is int and type(value) is float and value.is_integer():
+        return int(value)
+    return value
+
+
+def _refuse_impossible_sizes(auto_model: type, config: PretrainedConfig, default: PretrainedConfig) -> None:
     """Raise UserError for a model without layers, or one that this machine's memory does not hold."""
     for name in (*_SIZES, *_NUMBERS_OF_LAYERS):
         size = getattr(config, name, 1)
-        if isinstance(size, int) and size < 1:
+        if isinstance(size, int) and size < 1 and size != getattr(default, name, None):  # XLNet has -1 positions
             raise UserError(f"--config_overrides: {name} is {size}, and no model is made of that")
         if name in _NUMBERS_OF_LAYERS and size > MOST_LAYERS:
             raise UserError(f"--config_overrides: {name} is {size}: at most {MOST_LAYERS:,}")

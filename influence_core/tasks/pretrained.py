@@ -1,5 +1,6 @@
 """Model, tokenizer and rows of an example: from the Hub, from directories in its layout, or from scratch."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import cached_property, partial
@@ -124,7 +125,7 @@ class PretrainedTask(ExampleTask):
         """Change or refuse the config of any model before it is made; `is_start`: of one that is to be trained."""
         if not is_start or self._starts_from_scratch:
             return
-        unknown = [key for key in self.config_overrides if not hasattr(config, key)]
+        unknown = [key for key in self.config_overrides if callable(getattr(config, key, len))]
         if unknown:
             raise UserError(f"--config_overrides: a {type(config).__name__} has no {', '.join(unknown)}")
         for key, value in self.config_overrides.items():
@@ -259,7 +260,9 @@ def parse_overrides(text: str) -> dict[str, Any]:
         key, separator, value = part.partition("=")
         if not separator or not key.strip():
             raise UserError(f"--config_overrides takes key=value,key=value, not {part!r}")
-        overrides[key.strip()] = _number(value.strip())
+        overrides[key.strip()] = number = _number(value.strip())
+        if isinstance(number, float) and not math.isfinite(number):
+            raise UserError(f"--config_overrides {part}: it must be a finite number")
     return overrides
 
 
