@@ -17,6 +17,7 @@ from influence_core.experiments.flags import LAST
 from influence_core.experiments.overwriting import forget_overwriting, overwriting
 from influence_core.experiments.running import run_script
 from influence_core.experiments.trajectory import chosen_checkpoints
+from influence_core.files import remove_leftovers
 from influence_core.locks import only_writer
 from influence_core.profiler import Profiler
 from influence_core.runtime import Runtime
@@ -39,6 +40,9 @@ def _analyze(task_class: type[ExampleTask], arguments) -> None:
     require_checkpoint(task_class, arguments)
     output_dir = Path(arguments.output_dir)
     with not_left_empty(output_dir), only_writer(output_dir, bool(arguments.wait), is_main_process()):
+        if is_main_process():
+            for directory in (output_dir, *output_dir.glob("step-*")):
+                remove_leftovers(directory)
         runtime = Runtime.start(
             arguments.use_ddp,
             arguments.use_half_precision,

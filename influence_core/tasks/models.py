@@ -82,8 +82,10 @@ def new_model(
     """
     stored: dict[str, Any] = {}
     is_place = source is not None and (source.startswith((".", "~", "/")) or Path(source).exists())
-    if is_place and not Path(source, "config.json").is_file():  # else it is a Hub's, and its config is not asked for
-        raise UserError(f"can't load {MODEL_FLAG} {source}: it is no directory with a config.json, nor with weights")
+    if is_place and not Path(source).is_dir():  # else it is a Hub's, and its config is not asked for
+        raise UserError(f"can't load {MODEL_FLAG} {source}: it is no directory")
+    if is_place and not Path(source, "config.json").is_file() and not overrides:
+        raise UserError(f"can't load {MODEL_FLAG} {source}: it has neither weights nor a config.json")
     try:
         if source and Path(source, "config.json").is_file():
             config_class = type(AutoConfig.from_pretrained(source))
