@@ -79,17 +79,17 @@ def _run(task_class: type[ExampleTask], arguments) -> None:
         if accelerator.is_main_process:
             require_writable(checkpoint_dir)
             remove_leftovers(checkpoint_dir)
-        if not arguments.overwrite:
+        if arguments.overwrite:
+            everyone = accelerator.is_main_process, accelerator.wait_for_everyone
+            with overwriting(checkpoint_dir, vars(arguments), *everyone) as made_by:
+                if is_made_by(checkpoint_dir, made_by, record, lambda: _data(task, arguments)):
+                    accelerator.print(f"{found} before this same command was interrupted")
+                else:
+                    _train(task, arguments, record | {MADE_BY: made_by}, accelerator)
+        else:
             _train(task, arguments, record, accelerator)
             forget_overwriting(checkpoint_dir)
-            return
-        everyone = accelerator.is_main_process, accelerator.wait_for_everyone
-        with overwriting(checkpoint_dir, vars(arguments), *everyone) as made_by:
-            if is_made_by(checkpoint_dir, made_by, record, lambda: _data(task, arguments)):
-                accelerator.print(f"{found} before this same command was interrupted")
-            else:
-                _train(task, arguments, record | {MADE_BY: made_by}, accelerator)
-    accelerator.end_training()
+        accelerator.end_training()
 
 
 def _train(task: ExampleTask, arguments, record: dict[str, Any], accelerator: Accelerator) -> None:

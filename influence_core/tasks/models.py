@@ -147,8 +147,10 @@ def _as_is_usual(usual: Any, value: Any) -> Any:
 def _refuse_impossible_sizes(auto_model: type, config: PretrainedConfig, default: PretrainedConfig) -> None:
     """Raise UserError for a model without layers, or one that this machine's memory does not hold."""
     for name in (*_SIZES, *_NUMBERS_OF_LAYERS):
-        size = getattr(config, name, 1)
-        if isinstance(size, int) and size < 1 and size != getattr(default, name, None):  # XLNet has -1 positions
+        size = getattr(config, name, None)
+        if not isinstance(size, int):  # what is not said, or wrong in another way
+            continue
+        if size < 1 and size != getattr(default, name, None):  # XLNet has -1 positions
             raise UserError(f"--config_overrides: {name} is {size}, and no model is made of that")
         if name in _NUMBERS_OF_LAYERS and size > MOST_LAYERS:
             raise UserError(f"--config_overrides: {name} is {size}: at most {MOST_LAYERS:,}")
