@@ -1,0 +1,209 @@
+"""The device: tensors that say "cuda:0", operations on them, and the context in which there is such a device."""
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.pretended import rules
+from tests.pretended.cuda import pretended_functions
+
+CUDA = torch.device("cuda:0")
+HERE = Path(__file__).parent
+PROJECT = f"{HERE.parents[1]}/"
+
+
+class CudaTensor(torch.Tensor):
+    """A tensor that is on the GPU, whose `values` are not."""
+
+    values: torch.Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, values: torch.Tensor) -> "CudaTensor":
+        tensor = torch.Tensor._make_wrapper_subclass(
+            cls,
+            values.shape,
+            strides=values.stride(),
+            storage_offset=values.storage_offset(),
+            dtype=values.dtype,
+            device=CUDA,
+        )
+        tensor.values = values
+        return tensor
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return _handlers[-1](func, args, kwargs or {})
+
+    @property
+    def data(self) -> "CudaTensor":
+        return CudaTensor(self.values)
+
+    @data.setter
+    def data(self, other: torch.Tensor) -> None:
+        if not isinstance(other, CudaTensor):
+            raise NotImplementedError("the data of a CudaTensor can't be those of a tensor on the CPU")
+        torch.Tensor.data.__set__(self, other)
+        self.values = other.values
+
+    def untyped_storage(self):
+        return self.values.untyped_storage()
+
+    def data_ptr(self) -> int:
+        return self.values.data_ptr()
+
+    def tolist(self):
+        return self.cpu().tolist()
+
+    def record_stream(self, stream) -> None:
+        pass
+
+    def __deepcopy__(self, memo):
+        if id(self) not in memo:
+            copy = CudaTensor(self.values.clone()).requires_grad_(self.requires_grad)
+            copy.__dict__.update({key: value for key, value in self.__dict__.items() if key != "values"})
+            memo[id(self)] = copy
+        return memo[id(self)]
+
+    def __repr__(self, **_):
+        return f"CudaTensor({tuple(self.shape)}, {self.dtype})"
+
+
+class Operation:
+    """A call of one of torch's operators."""
+
+    def __init__(self, func, args: tuple, kwargs: dict):
+        self.func, self.args, self.kwargs = func, args, kwargs
+        self.name = func.overloadpacket.__name__
+        self.tensors = [leaf for leaf in _leaves((args, tuple(kwargs.values()))) if isinstance(leaf, torch.Tensor)]
+        self.on_gpu = [tensor for tensor in self.tensors if isinstance(tensor, CudaTensor)]
+        self.on_cpu = [tensor for tensor in self.tensors if not isinstance(tensor, CudaTensor)]
+        device = kwargs.get("device")
+        self.target = None if device is None else torch.device(device).type  # where the result is asked for
+
+    @property
+    def concerns_gpu(self) -> bool:
+        return bool(self.on_gpu) or self.target == "cuda"
+
+    def run(self, device: str = "cpu"):
+        """The result, computed of values that are on this device: a tensor of the CPU, or "meta" without numbers."""
+        args, kwargs = _map(_values, self.args), {key: _map(_values, value) for key, value in self.kwargs.items()}
+        is_result_on_gpu = self.concerns_gpu if self.target is None else self.target == "cuda"
+        if is_result_on_gpu and self.target is not None:
+            kwargs["device"] = torch.device(device)
+        is_pinned = bool(kwargs.pop("pin_memory", False))
+        shapes = [tensor.shape for tensor in self.on_gpu]
+        result = rules.product(self.func, args, kwargs) if self.name in rules.PRODUCTS else self.func(*args, **kwargs)
+        if shapes != [tensor.values.shape for tensor in self.on_gpu]:
+            raise NotImplementedError(f"{self.func} gave its argument another shape")
+        known = {id(_values(tensor)): tensor for tensor in self.tensors}
+
+        def wrap(x):
+            if not isinstance(x, torch.Tensor):
+                return x
+            if id(x) in known:
+                return known[id(x)]
+            if is_result_on_gpu:
+                return CudaTensor(x)
+            x.pretends_pinned = is_pinned
+            return x
+
+        return _map(wrap, result)
+
+
+class CheckedDevice:
+    """What becomes of an operation by default: it is checked, noted and computed.
+
+    Args:
+        largest: bytes that one result may take; more raises torch.OutOfMemoryError.
+    Attributes:
+        waits: how often the host waited for the device, by (why, the innermost line of the project).
+    """
+
+    def __init__(self, largest: float = float("inf")):
+        self.largest = largest
+        self.waits: Counter[tuple[str, str]] = Counter()
+
+    def __call__(self, func, args, kwargs):
+        operation = Operation(func, args, kwargs)
+        if operation.concerns_gpu:
+            rules.check(operation)
+            if (why := rules.wait(operation)) is not None:
+                self.waits[why, _where()] += 1
+        result = operation.run()
+        if operation.concerns_gpu:
+            self._allocate(result, operation)
+        return result
+
+    def _allocate(self, result, operation: Operation) -> None:
+        if self.largest == float("inf"):
+            return
+        held = {tensor.data_ptr() for tensor in operation.on_gpu}
+        for leaf in _leaves(result):
+            if isinstance(leaf, CudaTensor) and leaf.data_ptr() not in held and leaf.nbytes > self.largest:
+                raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {leaf.nbytes} bytes (pretended)")
+
+
+_handlers: list[Callable] = [CheckedDevice()]
+
+
+class _Everything(TorchDispatchMode):
+    """Operations without a CudaTensor too, where they may make one."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not kwargs and CudaTensor not in types:
+            return func(*args)
+        return _handlers[-1](func, args, kwargs or {})
+
+
+@contextmanager
+def pretended_cuda(handler: Callable | None = None) -> Iterator[Callable]:
+    """Inside there is a CUDA device, whose operations are handled by `handler(func, args, kwargs)`.
+
+    Args:
+        handler: a new CheckedDevice by default; any other may make an `Operation` of its arguments and `run` it.
+    """
+    handler = handler or CheckedDevice()
+    swaps = torch.__future__.get_swap_module_params_on_conversion()
+    _handlers.append(handler)
+    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device="cuda") by way of the CPU
+    torch.__future__.set_swap_module_params_on_conversion(True)  # module.to keeps its parameters, tied ones too
+    try:
+        with pretended_functions(), _Everything():
+            yield handler
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(swaps)
+        torch._C._set_only_lift_cpu_tensors(False)
+        _handlers.remove(handler)
+
+
+def _where() -> str:
+    """The innermost line of the project; a backward pass has none where torch computes the gradient."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if path.startswith(PROJECT) and not path.startswith(f"{HERE}/") and "/.venv/" not in path:
+            return f"{path.removeprefix(PROJECT)}:{frame.f_lineno} {frame.f_code.co_name}"
+        frame = frame.f_back
+    return "torch"
+
+
+def _values(x):
+    return x.values if isinstance(x, CudaTensor) else x
+
+
+def _leaves(x) -> Iterator:
+    if isinstance(x, tuple | list):
+        for each in x:
+            yield from _leaves(each)
+    else:
+        yield x
+
+
+def _map(function: Callable, x):
+    return type(x)(_map(function, each) for each in x) if type(x) in (tuple, list) else function(x)
