@@ -38,11 +38,11 @@ class CudaTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        return _handlers[-1](func, args, kwargs or {})
+        return handle(func, args, kwargs or {})
 
     @property
     def data(self) -> "CudaTensor":
-        return CudaTensor(self.values)
+        return type(self)(self.values)
 
     @data.setter
     def data(self, other: torch.Tensor) -> None:
@@ -65,7 +65,7 @@ class CudaTensor(torch.Tensor):
 
     def __deepcopy__(self, memo):
         if id(self) not in memo:
-            copy = CudaTensor(self.values.clone()).requires_grad_(self.requires_grad)
+            copy = type(self)(self.values.clone()).requires_grad_(self.requires_grad)
             copy.__dict__.update({key: value for key, value in self.__dict__.items() if key != "values"})
             memo[id(self)] = copy
         return memo[id(self)]
@@ -150,6 +150,11 @@ class CheckedDevice:
 
 
 _handlers: list[Callable] = [CheckedDevice()]
+
+
+def handle(func, args: tuple, kwargs: dict):
+    """The result of an operation, by whatever handles them now; for other kinds of tensors too."""
+    return _handlers[-1](func, args, kwargs)
 
 
 class _Everything(TorchDispatchMode):
