@@ -157,7 +157,7 @@ def handle(func, args: tuple, kwargs: dict):
     return _handlers[-1](func, args, kwargs)
 
 
-class _Everything(TorchDispatchMode):
+class EveryOperation(TorchDispatchMode):
     """Operations without a CudaTensor too, where they may make one."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -179,7 +179,7 @@ def pretended_cuda(handler: Callable | None = None) -> Iterator[Callable]:
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device="cuda") by way of the CPU
     torch.__future__.set_swap_module_params_on_conversion(True)  # module.to keeps its parameters, tied ones too
     try:
-        with pretended_functions(), _Everything():
+        with pretended_functions(), EveryOperation():
             yield handler
     finally:
         torch.__future__.set_swap_module_params_on_conversion(swaps)

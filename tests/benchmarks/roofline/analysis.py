@@ -1,7 +1,5 @@
 """The project's own analysis, run on a modelled card."""
 
-import contextlib
-import io
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,6 +25,7 @@ from tests.benchmarks.roofline.attention import scaled_dot_product_attention
 from tests.benchmarks.roofline.cards import Card
 from tests.benchmarks.roofline.clock import Clock
 from tests.benchmarks.roofline.device import ModelledDevice
+from tests.benchmarks.roofline.threads import Threads
 from tests.pretended.device import pretended_cuda
 from wikitext_gpt2.task import WikiTextTask
 
@@ -46,6 +45,7 @@ class Size:
     factor_batch_size: int = 64
     train_batch_size: int = 64
     query_batch_size: int = 32
+    eval_batch_size: int = 16  # of train.py
     track: str = "blocks"
     config_overrides: str = ""  # beyond GPT-2 small
 
@@ -89,16 +89,21 @@ class _StageNames(Profiler):
             yield
 
 
+def make_task(size: Size) -> tuple[RandomTokens, torch.nn.Module]:
+    """The task and its model, on the CPU, which was asked what its layers read while it has numbers."""
+    task = RandomTokens(size)
+    model = task.load_model(None).eval()
+    task.tracked_layer_names(model)
+    return task, model
+
+
 def model_analysis(card: Card, precision: str, size: Size) -> tuple[Clock, Study]:
     """Run `analyze` on the card, in "bf16", "float32" or "tf32".
 
     Returns:
         The clock with its account, and the study, which knows its plan.
     """
-    task = RandomTokens(size)
-    with contextlib.redirect_stdout(io.StringIO()):
-        model = task.load_model(None).eval()
-    task.tracked_layer_names(model)  # asks the model with real numbers, before it has none
+    task, model = make_task(size)
     clock = Clock()
     device = ModelledDevice(card, precision == "tf32", clock)
     with tempfile.TemporaryDirectory() as directory, modelled(device, card, model):
@@ -123,8 +128,7 @@ def model_analysis(card: Card, precision: str, size: Size) -> tuple[Clock, Study
 def beginning(clock: Clock) -> None:
     """Forget what it took to get here."""
     clock.account.clear()
-    for lane in clock.lanes:
-        lane.time = clock.end
+    clock.end = clock.host.time = clock.host.stream.time = 0.0
 
 
 @contextmanager
@@ -137,7 +141,6 @@ def modelled(device: ModelledDevice, card: Card, model: torch.nn.Module) -> Iter
         "mem_get_info": lambda *_: (int(card.memory - in_use), int(card.memory)),
         "get_device_capability": lambda *_: card.capability,
         **dict.fromkeys(("memory_allocated", "memory_reserved"), lambda *_: in_use),
-        "synchronize": lambda *_: clock.wait(),
     }
     with ExitStack() as stack:
         stack.enter_context(pretended_cuda(device))
@@ -145,50 +148,56 @@ def modelled(device: ModelledDevice, card: Card, model: torch.nn.Module) -> Iter
         stack.enter_context(
             patch.object(torch.nn.functional, "scaled_dot_product_attention", scaled_dot_product_attention)
         )
+        stack.enter_context(Threads(clock).installed())
         for module in (check, profiler, study):
             stack.enter_context(patch.object(module, "time", clocks))
-        stack.enter_context(patch.object(GradientPass, "__call__", _pass_once_by_shapes(GradientPass.__call__, clock)))
+        stack.enter_context(patch.object(GradientPass, "__call__", pass_once_by_shapes(GradientPass.__call__, clock)))
         for owner, name in REPEATED:
             if hasattr(owner, name):
-                stack.enter_context(patch.object(owner, name, _once_by_shapes(getattr(owner, name), clock)))
+                stack.enter_context(patch.object(owner, name, once_by_shapes(getattr(owner, name), clock)))
         stack.enter_context(_parts_of_scores(clock))
         stack.enter_context(disk.ModelledDisk(clock).installed())
         yield
 
 
-def _pass_once_by_shapes(really, clock: Clock):
-    """A pass over a batch of shapes that it has met before takes what it took then, and captures the same shapes."""
+def pass_once_by_shapes(really, clock: Clock):
+    """A forward and backward pass, counted as a part of its own; see `once_by_shapes`."""
+    once = once_by_shapes(really, clock, gives=True)
 
     def run(self, batch):
-        known = self.__dict__.setdefault("modelled_passes", {})
-        shapes = tuple((key, value.shape) for key, value in batch.items())
         with clock.during(part=f"{clock.part}{': ' * bool(clock.part)}{PASSES}"):
-            if shapes in known:
-                events, loss, captured = known[shapes]
-                clock.replay(events)
-            else:
-                with clock.record() as events:
-                    loss, captured = really(self, batch)
-                known[shapes] = events, loss, captured
-        return loss, dict(captured)
+            return once(self, batch)
 
     return run
 
 
-def _once_by_shapes(really, clock: Clock):
-    """The same of a method that gives nothing back."""
+def once_by_shapes(really, clock: Clock, gives: bool = False):
+    """A method that takes what it took for the same object and arguments of the same shapes, without being called.
+
+    Args:
+        gives: whether it gives something back: tensors in tuples and dicts, that were those of the call that was made.
+    """
 
     def run(self, *arguments):
         known = self.__dict__.setdefault(f"modelled_{really.__name__}", {})
         shapes = tuple(map(_shapes, arguments))
         if shapes in known:
-            clock.replay(known[shapes])
-            return
-        with clock.record() as events:
-            really(self, *arguments)
-        known[shapes] = events
+            events, result = known[shapes]
+            clock.replay(events)
+        else:
+            with clock.record() as events:
+                result = really(self, *arguments)
+            known[shapes] = events, result if gives else None
+        return _copied(result)
 
     return run
+
+
+def _copied(value):
+    """With dicts of its own, which the caller may empty."""
+    if isinstance(value, tuple):
+        return tuple(map(_copied, value))
+    return dict(value) if isinstance(value, dict) else value
 
 
 def _shapes(value):
@@ -201,7 +210,7 @@ def _shapes(value):
         return tuple((key, _shapes(each)) for key, each in value.items())
     if isinstance(value, list | tuple):
         return len(value) if value and isinstance(value[0], int) else tuple(map(_shapes, value))
-    return getattr(value, "name", value)  # a layer
+    return getattr(value, "name", id(value) if isinstance(value, torch.nn.Module) else value)  # a layer's name
 
 
 @contextmanager

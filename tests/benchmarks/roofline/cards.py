@@ -89,6 +89,7 @@ LAUNCH = 6e-6  # seconds of Python, dispatch and driver for one operation on the
 NO_LAUNCH = 1.5e-6  # for one that only makes a view, or a small one on the CPU
 CPU_BANDWIDTH = 10 * GB  # bytes/s of one thread that copies memory
 CPU_EIGH_RATE = 25e9  # FLOP/s, of 9 d^3, of one thread in float64: README.md's setting B on 2 cores has 32 GFLOP/s each
+CPU_EIGH_GAIN = 0.6  # t threads take it t^0.6 times as fast: half of it is bound by memory. A guess
 NUM_CORES = 16
 PINNED = 25 * GB  # bytes/s between page-locked memory and the device, PCIe 4 or 5 x16
 PAGEABLE = 6 * GB  # from memory that is not: by way of a small page-locked buffer of the driver

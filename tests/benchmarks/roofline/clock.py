@@ -1,11 +1,12 @@
 """Modelled time: threads of the host that hand work to streams of a device and wait for it, and what each piece took.
 
-Nothing here sleeps. A lane is a thread or a stream, and its time is until when it is busy. A launch takes the host a
-moment, and the device begins with it when both the launch and what the stream had before are done; to wait moves the
-host to the stream's time. So what the host is too slow for, and what the device is, comes out by itself.
+Nothing here sleeps. A thread's time, and a stream's, is until when it is busy. A launch takes the host a moment, and
+the device begins with it when both the launch and what the stream had before are done; to wait moves the host to the
+stream's time. So what the host is too slow for, and what the device is, comes out by itself. Where there are several
+threads (threads.py), the one that is behind the others goes on.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -15,11 +16,18 @@ from tests.benchmarks.roofline.costs import Cost
 Place = tuple[str, str, str]  # function of the project, operation, sizes
 
 
-@dataclass
+@dataclass(eq=False)
 class Lane:
-    """A thread or a stream."""
+    """A stream, or a thread."""
 
     time: float = 0.0  # seconds since the beginning, until when it is busy
+
+
+@dataclass(eq=False)
+class Host(Lane):
+    """A thread, and the stream that it launches to."""
+
+    stream: Lane = field(default_factory=Lane)
 
 
 @dataclass
@@ -42,21 +50,17 @@ class Spent:
         self.wall += other.wall
 
 
-@dataclass
 class Clock:
-    """All lanes, and the account of what they did: {(stage, part): {place: what was spent}}."""
+    """All threads and streams, and the account of what they did: {(stage, part): {place: what was spent}}."""
 
-    host: Lane = field(default_factory=Lane)  # the thread that runs now
-    stream: Lane = field(default_factory=Lane)  # the one that it launches to
-    lanes: list[Lane] = field(default_factory=list)
-    account: dict[tuple[str, str], dict[Place, Spent]] = field(default_factory=dict)
-    stage: str = "before and between"
-    part: str = ""
-    end: float = 0.0  # of all that was handed out
-    listeners: list[list] = field(default_factory=list)  # what is done is written down there as well, see `record`
-
-    def __post_init__(self):
-        self.lanes += [self.host, self.stream]
+    def __init__(self):
+        self.host = Host()  # the thread that runs now
+        self.streams = [self.host.stream]
+        self.account: dict[tuple[str, str], dict[Place, Spent]] = {}
+        self.stage, self.part = "before and between", ""
+        self.end = 0.0  # of all that was handed out
+        self.records: list[list] = []  # what is done is written down there as well, see `record`
+        self.give_way: Callable[[], None] = lambda: None  # to the thread that is behind the others
 
     def now(self) -> float:
         """As time.perf_counter, for the thread that runs."""
@@ -65,25 +69,33 @@ class Clock:
     def launch(self, cost: Cost, place: Place, host: float = cards.LAUNCH) -> None:
         """Hand an operation to the device."""
         self._note(self.launch, cost, place, host)
-        self.host.time += host
-        self.stream.time = max(self.stream.time, self.host.time) + cost.seconds
+        thread = self.host
+        thread.time += host
+        thread.stream.time = max(thread.stream.time, thread.time) + cost.seconds
         self._count(place, Spent(1, cost.flops, cost.bytes, cost.seconds, host))
+        self.give_way()
 
-    def wait(self, lane: Lane | None = None) -> None:
-        """Until a stream, by default the thread's own, has done what it was given."""
-        self._note(self.wait, lane)
-        self.host.time = max(self.host.time, (lane or self.stream).time)
+    def wait(self) -> None:
+        """Until the thread's stream has done what it was given."""
+        self._note(self.wait)
+        self.wait_for(self.host.stream)
+
+    def wait_for(self, *lanes: Lane) -> None:
+        """Until each of them is no longer busy."""
+        self.host.time = max([self.host.time, *(lane.time for lane in lanes)])
+        self.end = max(self.end, self.host.time)
+        self.give_way()
 
     def spend(self, seconds: float, place: Place) -> None:
         """The thread itself is busy."""
         self._note(self.spend, seconds, place)
         self.host.time += seconds
         self._count(place, Spent(calls=1, host=seconds))
+        self.give_way()
 
-    def busy(self) -> int:
-        """Streams beside the thread's own that are still at work now."""
-        streams = [lane for lane in self.lanes if isinstance(lane, StreamLane)]
-        return sum(lane.time > self.host.time for lane in streams if lane is not self.stream)
+    def num_busy(self) -> int:
+        """Streams beside the thread's own that are at work now."""
+        return sum(stream.time > self.host.time for stream in self.streams if stream is not self.host.stream)
 
     @contextmanager
     def during(self, stage: str | None = None, part: str | None = None) -> Iterator[None]:
@@ -99,11 +111,11 @@ class Clock:
     def record(self) -> Iterator[list]:
         """Inside, what is done is written down, for `replay`."""
         events: list = []
-        self.listeners.append(events)
+        self.records.append(events)
         try:
             yield events
         finally:
-            self.listeners.remove(events)
+            self.records.pop()
 
     @staticmethod
     def replay(events: list) -> None:
@@ -111,15 +123,11 @@ class Clock:
         for method, arguments in events:
             method(*arguments)
 
-    def _note(self, method, *arguments) -> None:
-        for events in self.listeners:
+    def _note(self, method: Callable, *arguments) -> None:
+        for events in self.records:
             events.append((method, arguments))
 
     def _count(self, place: Place, spent: Spent) -> None:
-        end = max(self.end, self.host.time, self.stream.time)
+        end = max(self.end, self.host.time, self.host.stream.time)
         spent.wall, self.end = end - self.end, end
         self.account.setdefault((self.stage, self.part), {}).setdefault(place, Spent()).add(spent)
-
-
-class StreamLane(Lane):
-    """A stream beside the default one."""

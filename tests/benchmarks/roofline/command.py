@@ -15,6 +15,7 @@ from dataclasses import fields
 from tests.benchmarks.roofline.analysis import Size, model_analysis
 from tests.benchmarks.roofline.cards import CARDS
 from tests.benchmarks.roofline.clock import Clock, Spent
+from tests.benchmarks.roofline.evaluation import model_evaluation
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -30,6 +31,12 @@ def main(argv: list[str] | None = None) -> None:
     print(table(clock))
     if arguments.operations:
         print(operations(clock, arguments.operations))
+    if arguments.evaluation:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            clock = model_evaluation(CARDS[arguments.card], arguments.precision, size)
+        print(f"\n{table(clock)}")
+        if arguments.operations:
+            print(operations(clock, arguments.operations))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -37,6 +44,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--card", choices=CARDS, default="H100")
     parser.add_argument("--precision", choices=("bf16", "float32", "tf32"), default="bf16")
     parser.add_argument("--operations", type=int, default=0, help="that take the longest, of each stage")
+    parser.add_argument("--evaluation", action="store_true", help="train.py's as well, in a table of its own")
     for field in fields(Size):
         parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
     return parser.parse_args(argv)
@@ -59,7 +67,7 @@ def table(clock: Clock) -> str:
 
 def _cells(spent: Spent) -> tuple[str, ...]:
     numbers = spent.flops / 1e15, spent.bytes / 1e12, spent.device, spent.host, spent.wall
-    return tuple(f"{number:.{digits}f}" for number, digits in zip(numbers, (3, 2, 2, 2, 2)))
+    return tuple(f"{number:.2f}" if number >= 1 else f"{number:.3g}" for number in numbers)
 
 
 def operations(clock: Clock, count: int) -> str:

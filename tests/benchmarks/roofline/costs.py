@@ -40,21 +40,16 @@ def cost_of(name: str, func, args, kwargs, inputs: list[Tensor], outputs: list[T
         name: of `func`, without its overload.
         inputs, outputs: all tensors among its arguments and results; what is changed in place is in both.
     """
-    count = flop_registry.get(func._overloadpacket)
-    flops = 0.0
-    if count is not None:
-        # The counts know nothing of products that name their result's dtype.
-        numbers = [x for x in args if not isinstance(x, torch.dtype)]
-        named = {key: x for key, x in kwargs.items() if not isinstance(x, torch.dtype)}
-        flops = float(count(*numbers, **named, out_val=outputs[0] if len(outputs) == 1 else tuple(outputs)))
-    moved = bytes_moved(name, inputs, outputs, args)
+    moved = bytes_moved(name, inputs, outputs, kwargs.get("out"))
     what = " ".join("x".join(map(str, x.shape)) for x in outputs[:1])
-    compute = 0.0
-    if name in PRODUCTS:
-        left, right = inputs[-2:] if name in ("addmm", "baddbmm") else inputs[:2]
+    flops = compute = 0.0
+    if (product := name.removesuffix("_")) in PRODUCTS:
+        left, right = inputs[1:3] if product in ("addmm", "baddbmm") else inputs[:2]
+        flops = 2.0 * math.prod(left.shape) * right.shape[-1]
         compute = product_seconds(left, right, outputs[0], card, tf32)
         what = f"{'x'.join(map(str, left.shape))} @ {'x'.join(map(str, right.shape[-2:]))}"
     elif "dot_product" in name:
+        flops = float(flop_registry[func._overloadpacket](*args, **kwargs, out_val=tuple(outputs)))
         compute = attention_seconds(name, flops, inputs, args, kwargs, card)
         what = "x".join(map(str, inputs[0].shape))
     elif name == "_linalg_eigh":
@@ -66,10 +61,13 @@ def cost_of(name: str, func, args, kwargs, inputs: list[Tensor], outputs: list[T
     return Cost(flops, moved, on_device, what, on_host + cards.NO_LAUNCH)
 
 
-def bytes_moved(name: str, inputs: list[Tensor], outputs: list[Tensor], args) -> float:
-    """Read and written, each tensor once."""
+def bytes_moved(name: str, inputs: list[Tensor], outputs: list[Tensor], out: Tensor | None = None) -> float:
+    """Read and written, each tensor once.
+
+    Args:
+        out: one that is among the inputs only to be written to.
+    """
     written = sum(map(num_bytes, outputs))
-    in_place = any(x is y for x in outputs for y in inputs)
     if name in WRITES_ONLY:
         return written
     if name in LOOKUPS:
@@ -83,10 +81,7 @@ def bytes_moved(name: str, inputs: list[Tensor], outputs: list[Tensor], args) ->
         return 3 * num_bytes(source)
     if name == "_softmax" and inputs[0].shape[-1] > cards.WIDE_SOFTMAX:
         return cards.WIDE_SOFTMAX_READS * num_bytes(inputs[0]) + written
-    read = sum({id(x): num_bytes(x) for x in inputs}.values())
-    if name in ("mm", "bmm") and in_place:  # `out` is not read
-        return read
-    return read + written
+    return written + sum({id(x): num_bytes(x) for x in inputs if x is not out}.values())
 
 
 def product_seconds(left: Tensor, right: Tensor, result: Tensor, card: Card, tf32: bool) -> float:

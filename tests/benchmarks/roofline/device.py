@@ -66,7 +66,8 @@ class ModelledDevice:
             if crossing:
                 self._copy(crossing, call.tensors, kwargs, cost.what)
             elif kind is HostTensor:
-                self.clock.spend(cost.host, (place(), f"{name} on the CPU", cost.what))
+                seconds = cost.host / (torch.get_num_threads() ** cards.CPU_EIGH_GAIN if name == "_linalg_eigh" else 1)
+                self.clock.spend(seconds, (place(), f"{name} on the CPU", cost.what))
             else:
                 self._on_device(name, func, cost, args)
         pass_on_constants(name, call.tensors, result)
@@ -87,7 +88,7 @@ class ModelledDevice:
 
     def _on_device(self, name: str, func, cost: Cost, args) -> None:
         if name == "_linalg_eigh":  # others at the same time share the card, but for the latency of each
-            size, others = args[0].shape[-1], self.clock.busy()
+            size, others = args[0].shape[-1], self.clock.num_busy()
             latency = eigh_latency(size, self.card)
             queued = latency * max(1.0, (others + 1) / cards.EIGH_STREAMS)
             cost = replace(cost, seconds=queued + (eigh_seconds(size, self.card) - latency) * (others + 1))
