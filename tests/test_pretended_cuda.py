@@ -15,7 +15,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("files", [
-    ["tests/test_gpu.py"],
+    ["tests/test_gpu.py", "tests/pretended/check_device.py", "tests/pretended/check_core.py"],
     ["tests/pretended/check_examples.py"],
 ], ids=["core", "examples"])  # fmt: skip
 def test_on_a_pretended_device(files):

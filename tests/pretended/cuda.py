@@ -1,7 +1,7 @@
 """torch.cuda and pinned memory, as far as there is something to say without a device."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from unittest.mock import patch
 
 import torch
@@ -101,8 +101,16 @@ def is_pinned(tensor: torch.Tensor, device=None) -> bool:
 @contextmanager
 def pretended_functions() -> Iterator[None]:
     """Inside, torch says that there is a CUDA device."""
-    with ExitStack() as patches:
-        patches.enter_context(patch.multiple(torch.cuda, **FUNCTIONS))
-        patches.enter_context(patch.object(torch.cuda.amp.common, "amp_definitely_not_available", _gives(False)))
-        patches.enter_context(patch.multiple(torch.Tensor, pin_memory=_pin, is_pinned=is_pinned))
-        yield
+    swaps = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)  # module.to keeps its parameters, tied ones too
+    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device="cuda") by way of the CPU
+    try:
+        with (
+            patch.multiple(torch.cuda, **FUNCTIONS),
+            patch.object(torch.cuda.amp.common, "amp_definitely_not_available", _gives(False)),
+            patch.multiple(torch.Tensor, pin_memory=_pin, is_pinned=is_pinned),
+        ):
+            yield
+    finally:
+        torch._C._set_only_lift_cpu_tensors(False)
+        torch.__future__.set_swap_module_params_on_conversion(swaps)

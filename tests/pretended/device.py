@@ -3,7 +3,7 @@
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -13,8 +13,7 @@ from tests.pretended import rules
 from tests.pretended.cuda import pretended_functions
 
 CUDA = torch.device("cuda:0")
-HERE = Path(__file__).parent
-PROJECT = f"{HERE.parents[1]}/"
+PROJECT = f"{Path(__file__).parents[2]}/"
 
 
 class CudaTensor(torch.Tensor):
@@ -143,13 +142,14 @@ class CheckedDevice:
     def _allocate(self, result, operation: Operation) -> None:
         if self.largest == float("inf"):
             return
-        held = {tensor.data_ptr() for tensor in operation.on_gpu}
-        for leaf in _leaves(result):
-            if isinstance(leaf, CudaTensor) and leaf.data_ptr() not in held and leaf.nbytes > self.largest:
-                raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {leaf.nbytes} bytes (pretended)")
+        held = {tensor.untyped_storage().data_ptr() for tensor in operation.on_gpu}
+        results = [leaf.untyped_storage() for leaf in _leaves(result) if isinstance(leaf, CudaTensor)]
+        size = max((storage.nbytes() for storage in results if storage.data_ptr() not in held), default=0)
+        if size > self.largest:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes (pretended)")
 
 
-_handlers: list[Callable] = [CheckedDevice()]
+_handlers: list[Callable] = [CheckedDevice()]  # the last is in charge; the first, of tensors that outlive a device
 
 
 class _Everything(TorchDispatchMode):
@@ -169,17 +169,13 @@ def pretended_cuda(handler: Callable | None = None) -> Iterator[Callable]:
         handler: a new CheckedDevice by default; any other may make an `Operation` of its arguments and `run` it.
     """
     handler = handler or CheckedDevice()
-    swaps = torch.__future__.get_swap_module_params_on_conversion()
-    _handlers.append(handler)
-    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device="cuda") by way of the CPU
-    torch.__future__.set_swap_module_params_on_conversion(True)  # module.to keeps its parameters, tied ones too
-    try:
-        with pretended_functions(), _Everything():
-            yield handler
-    finally:
-        torch.__future__.set_swap_module_params_on_conversion(swaps)
-        torch._C._set_only_lift_cpu_tensors(False)
-        _handlers.remove(handler)
+    with ExitStack() as stack:
+        if len(_handlers) == 1:  # an inner context has another handler, and the outer one's device
+            stack.enter_context(pretended_functions())
+            stack.enter_context(_Everything())
+        _handlers.append(handler)
+        stack.callback(_handlers.pop)
+        yield handler
 
 
 def _where() -> str:
@@ -187,7 +183,7 @@ def _where() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         path = frame.f_code.co_filename
-        if path.startswith(PROJECT) and not path.startswith(f"{HERE}/") and "/.venv/" not in path:
+        if path.startswith(PROJECT) and path != __file__ and "/.venv/" not in path:
             return f"{path.removeprefix(PROJECT)}:{frame.f_lineno} {frame.f_code.co_name}"
         frame = frame.f_back
     return "torch"

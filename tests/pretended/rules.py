@@ -50,14 +50,15 @@ def check(operation) -> None:
             )
     if name in NOT_OF_INTEGERS and not (on_gpu[-1].is_floating_point() or on_gpu[-1].is_complex()):
         raise RuntimeError(f'"{name}_cuda" not implemented for {on_gpu[-1].dtype}')
-    if name in PRODUCTS and operation.func._overloadname.startswith("dtype"):
-        _check_out_dtype(operation)
+    if name in PRODUCTS:
+        _check_dtypes(operation)
     _ask_fake_tensors(operation)
 
 
-def _check_out_dtype(operation) -> None:
-    *added, a, b = operation.args[: 2 + operation.name.strip("_").startswith(("addmm", "baddbmm"))]
-    out_dtype = operation.args[len(added) + 2]
+def _check_dtypes(operation) -> None:
+    """Of a product, and of what it is added to."""
+    *added, a, b = (x for x in operation.args if isinstance(x, torch.Tensor))
+    (out_dtype,) = [x for x in operation.args if isinstance(x, torch.dtype)] or [a.dtype]
     if a.dtype != b.dtype:
         raise RuntimeError(f"expected mat1 and mat2 to have the same dtype, but got: {a.dtype} != {b.dtype}")
     is_wider = out_dtype == torch.float32 and a.dtype in (torch.float16, torch.bfloat16)
