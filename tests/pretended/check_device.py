@@ -1,11 +1,13 @@
 """The pretended device itself: what CUDA refuses is refused, what it accepts gives the CPU's numbers."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
 
+from tests.pretended import rules
 from tests.pretended.device import CheckedDevice, CudaTensor, Operation, pretended_cuda
 
 pytestmark = pytest.mark.gpu
@@ -107,6 +109,32 @@ def test_products_of_bfloat16_are_summed_in_float32(product):
     a = torch.ones(*[1] * (product is torch.bmm), 1, 257, device="cuda", dtype=BF16)
     assert product(a, a.mT, out_dtype=torch.float32).item() == 257
     assert product(a, a.mT).item() == 256  # the nearest that it can hold
+    assert product(a.float(), a.mT.float(), out_dtype=torch.float32).item() == 257
+    total = torch.ones(1, 1, device="cuda", dtype=BF16)
+    assert total.addmm_(a.view(1, -1), a.view(-1, 1)[:, :1]).item() == 258 and total.item() == 258
+
+
+ONLY_BY_RULES = {"CPU indexed by the GPU", "one row, on the CPU"}
+MIXES = [name for name, (_, told) in REFUSED.items() if told == MIX and name not in ONLY_BY_RULES]
+
+
+@pytest.mark.parametrize("refused", MIXES)
+def test_fake_tensors_know_most_of_it_too(refused):
+    """The second opinion by itself, which may know what no rule does."""
+
+    def ask(func, args, kwargs):
+        operation = Operation(func, args, kwargs)
+        if operation.concerns_gpu:
+            rules.ask_fake_tensors(operation)
+        return operation.run()
+
+    with pretended_cuda(ask), pytest.raises(RuntimeError, match="same device|wrong device|Mismatching"):
+        REFUSED[refused][0]()
+
+
+def test_other_threads_have_the_device_too():
+    with ThreadPoolExecutor(1) as executor:
+        assert executor.submit(lambda: torch.ones(2, device="cuda") + on_gpu(2)).result().tolist() == [1, 2]
 
 
 def test_a_model_on_the_device_trains_under_autocast_with_its_weights_still_tied():
@@ -142,7 +170,7 @@ def test_where_the_host_waits(cuda):
 def test_streams_and_events_are_there():
     side, event = torch.cuda.Stream(), torch.cuda.Event()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    with torch.cuda.device(0), torch.cuda.stream(side):
         x = on_gpu(2) + 1
         event.record(side)
     torch.cuda.current_stream().wait_event(event)

@@ -1,5 +1,6 @@
 """torch.cuda and pinned memory, as far as there is something to say without a device."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from unittest.mock import patch
@@ -74,15 +75,18 @@ FUNCTIONS = {
     **dict.fromkeys(("is_available", "is_initialized", "is_bf16_supported"), _gives(True)),
     **dict.fromkeys(("memory_allocated", "memory_reserved", "max_memory_allocated"), _gives(1 << 28)),
     **dict.fromkeys(("current_stream", "default_stream"), _gives(_STREAM)),
+    "is_current_stream_capturing": _gives(False),
     "device_count": _gives(1),
     "current_device": _gives(0),
     "get_device_capability": _gives((9, 0)),
     "get_device_name": _gives("a pretended GPU"),
     "mem_get_info": _gives((MEMORY, MEMORY)),
+    "memory_stats": _gives(Counter()),
     "get_rng_state": lambda *_: torch.get_rng_state(),  # what the CPU draws is what the device draws
     "Stream": Stream,
     "Event": Event,
     "stream": lambda stream: stream or nullcontext(),
+    "device": lambda device: nullcontext(),
 }
 
 

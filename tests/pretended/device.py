@@ -1,10 +1,12 @@
 """The device: tensors that say "cuda:0", operations on them, and the context in which there is such a device."""
 
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -96,9 +98,8 @@ class Operation:
         if is_result_on_gpu and self.target is not None:
             kwargs["device"] = torch.device(device)
         is_pinned = bool(kwargs.pop("pin_memory", False))
-        shapes = [tensor.shape for tensor in self.on_gpu]
         result = rules.product(self.func, args, kwargs) if self.name in rules.PRODUCTS else self.func(*args, **kwargs)
-        if shapes != [tensor.values.shape for tensor in self.on_gpu]:
+        if self.func._schema.is_mutable and any(tensor.shape != tensor.values.shape for tensor in self.on_gpu):
             raise NotImplementedError(f"{self.func} gave its argument another shape")
         known = {id(_values(tensor)): tensor for tensor in self.tensors}
 
@@ -161,6 +162,12 @@ class _Everything(TorchDispatchMode):
         return _handlers[-1](func, args, kwargs or {})
 
 
+def _run_thread(thread: threading.Thread, run=threading.Thread.run) -> None:
+    """A dispatch mode is of the thread that entered it."""
+    with _Everything():
+        run(thread)
+
+
 @contextmanager
 def pretended_cuda(handler: Callable | None = None) -> Iterator[Callable]:
     """Inside there is a CUDA device, whose operations are handled by `handler(func, args, kwargs)`.
@@ -172,6 +179,7 @@ def pretended_cuda(handler: Callable | None = None) -> Iterator[Callable]:
     with ExitStack() as stack:
         if len(_handlers) == 1:  # an inner context has another handler, and the outer one's device
             stack.enter_context(pretended_functions())
+            stack.enter_context(patch.object(threading.Thread, "run", _run_thread))
             stack.enter_context(_Everything())
         _handlers.append(handler)
         stack.callback(_handlers.pop)
@@ -190,16 +198,17 @@ def _where() -> str:
 
 
 def _values(x):
-    return x.values if isinstance(x, CudaTensor) else x
+    return x.values if type(x) is CudaTensor else x
 
 
-def _leaves(x) -> Iterator:
-    if isinstance(x, tuple | list):
-        for each in x:
-            yield from _leaves(each)
-    else:
-        yield x
+def _leaves(x) -> list:
+    """What tuples and lists, also within each other, hold; of everything else, itself."""
+    if type(x) not in (tuple, list):
+        return [x]
+    return [leaf for each in x for leaf in (_leaves(each) if type(each) in (tuple, list) else (each,))]
 
 
 def _map(function: Callable, x):
-    return type(x)(_map(function, each) for each in x) if type(x) in (tuple, list) else function(x)
+    if type(x) not in (tuple, list):
+        return function(x)
+    return type(x)([_map(function, each) if type(each) in (tuple, list) else function(each) for each in x])

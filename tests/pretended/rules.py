@@ -52,7 +52,7 @@ def check(operation) -> None:
         raise RuntimeError(f'"{name}_cuda" not implemented for {on_gpu[-1].dtype}')
     if name in PRODUCTS:
         _check_dtypes(operation)
-    _ask_fake_tensors(operation)
+    ask_fake_tensors(operation)
 
 
 def _check_dtypes(operation) -> None:
@@ -68,7 +68,8 @@ def _check_dtypes(operation) -> None:
         raise RuntimeError("self dtype must match either out_dtype or mat1 dtype")
 
 
-def _ask_fake_tensors(operation) -> None:
+def ask_fake_tensors(operation) -> None:
+    """Raise what FakeTensorMode has against it; asked once for each kind of arguments."""
     call = operation.func, _kind(operation.args), _kind(tuple(operation.kwargs.items()))
     if call in _accepted or operation.name == "_local_scalar_dense":
         return
@@ -98,14 +99,13 @@ def _kind(x):
 def product(func, args, kwargs):
     """A matrix product as tensor cores make it: operands of 16 bits, sums of 32; in whatever dtype it is asked for."""
     operands = [x for x in args if isinstance(x, torch.Tensor)]
-    if operands[-1].itemsize > 2:
+    asked = [x for x in args if isinstance(x, torch.dtype)]  # which the CPU has no product for
+    if not asked and operands[-1].itemsize > 2:
         return func(*args, **kwargs)
-    asked = [x for x in args if isinstance(x, torch.dtype)]
-    out = kwargs.pop("out", None)
-    result = func.overloadpacket(*(x.float() for x in operands), **kwargs)
-    if func._schema.is_mutable and out is None:
-        return operands[0].copy_(result)
-    return out.copy_(result) if out is not None else result.to(asked[0] if asked else operands[-1].dtype)
+    out = kwargs.pop("out", operands[0] if func._schema.is_mutable else None)  # addmm_ has no `out`
+    summed_in = torch.promote_types(operands[-1].dtype, torch.float32)
+    result = func.overloadpacket(*(x.to(summed_in) for x in operands), **kwargs)
+    return result.to(asked[0] if asked else operands[-1].dtype) if out is None else out.copy_(result)
 
 
 def wait(operation) -> str | None:
