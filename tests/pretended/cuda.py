@@ -1,7 +1,8 @@
 """torch.cuda and pinned memory, as far as there is something to say without a device."""
 
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from unittest.mock import patch
 
 import torch
@@ -74,15 +75,18 @@ FUNCTIONS = {
     **dict.fromkeys(("is_available", "is_initialized", "is_bf16_supported"), _gives(True)),
     **dict.fromkeys(("memory_allocated", "memory_reserved", "max_memory_allocated"), _gives(1 << 28)),
     **dict.fromkeys(("current_stream", "default_stream"), _gives(_STREAM)),
+    "is_current_stream_capturing": _gives(False),
     "device_count": _gives(1),
     "current_device": _gives(0),
     "get_device_capability": _gives((9, 0)),
     "get_device_name": _gives("a pretended GPU"),
     "mem_get_info": _gives((MEMORY, MEMORY)),
+    "memory_stats": _gives(Counter()),
     "get_rng_state": lambda *_: torch.get_rng_state(),  # what the CPU draws is what the device draws
     "Stream": Stream,
     "Event": Event,
     "stream": lambda stream: stream or nullcontext(),
+    "device": lambda device: nullcontext(),
 }
 
 
@@ -101,8 +105,16 @@ def is_pinned(tensor: torch.Tensor, device=None) -> bool:
 @contextmanager
 def pretended_functions() -> Iterator[None]:
     """Inside, torch says that there is a CUDA device."""
-    with ExitStack() as patches:
-        patches.enter_context(patch.multiple(torch.cuda, **FUNCTIONS))
-        patches.enter_context(patch.object(torch.cuda.amp.common, "amp_definitely_not_available", _gives(False)))
-        patches.enter_context(patch.multiple(torch.Tensor, pin_memory=_pin, is_pinned=is_pinned))
-        yield
+    swaps = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)  # module.to keeps its parameters, tied ones too
+    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device="cuda") by way of the CPU
+    try:
+        with (
+            patch.multiple(torch.cuda, **FUNCTIONS),
+            patch.object(torch.cuda.amp.common, "amp_definitely_not_available", _gives(False)),
+            patch.multiple(torch.Tensor, pin_memory=_pin, is_pinned=is_pinned),
+        ):
+            yield
+    finally:
+        torch._C._set_only_lift_cpu_tensors(False)
+        torch.__future__.set_swap_module_params_on_conversion(swaps)

@@ -1,10 +1,12 @@
 """The device: tensors that say "cuda:0", operations on them, and the context in which there is such a device."""
 
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,8 +15,7 @@ from tests.pretended import rules
 from tests.pretended.cuda import pretended_functions
 
 CUDA = torch.device("cuda:0")
-HERE = Path(__file__).parent
-PROJECT = f"{HERE.parents[1]}/"
+PROJECT = f"{Path(__file__).parents[2]}/"
 
 
 class CudaTensor(torch.Tensor):
@@ -97,9 +98,8 @@ class Operation:
         if is_result_on_gpu and self.target is not None:
             kwargs["device"] = torch.device(device)
         is_pinned = bool(kwargs.pop("pin_memory", False))
-        shapes = [tensor.shape for tensor in self.on_gpu]
         result = rules.product(self.func, args, kwargs) if self.name in rules.PRODUCTS else self.func(*args, **kwargs)
-        if shapes != [tensor.values.shape for tensor in self.on_gpu]:
+        if self.func._schema.is_mutable and any(tensor.shape != tensor.values.shape for tensor in self.on_gpu):
             raise NotImplementedError(f"{self.func} gave its argument another shape")
         known = {id(_values(tensor)): tensor for tensor in self.tensors}
 
@@ -143,13 +143,14 @@ class CheckedDevice:
     def _allocate(self, result, operation: Operation) -> None:
         if self.largest == float("inf"):
             return
-        held = {tensor.data_ptr() for tensor in operation.on_gpu}
-        for leaf in _leaves(result):
-            if isinstance(leaf, CudaTensor) and leaf.data_ptr() not in held and leaf.nbytes > self.largest:
-                raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {leaf.nbytes} bytes (pretended)")
+        held = {tensor.untyped_storage().data_ptr() for tensor in operation.on_gpu}
+        results = [leaf.untyped_storage() for leaf in _leaves(result) if isinstance(leaf, CudaTensor)]
+        size = max((storage.nbytes() for storage in results if storage.data_ptr() not in held), default=0)
+        if size > self.largest:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes (pretended)")
 
 
-_handlers: list[Callable] = [CheckedDevice()]
+_handlers: list[Callable] = [CheckedDevice()]  # the last is in charge; the first, of tensors that outlive a device
 
 
 def handle(func, args: tuple, kwargs: dict):
@@ -157,13 +158,19 @@ def handle(func, args: tuple, kwargs: dict):
     return _handlers[-1](func, args, kwargs)
 
 
-class EveryOperation(TorchDispatchMode):
+class _Everything(TorchDispatchMode):
     """Operations without a CudaTensor too, where they may make one."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if not kwargs and CudaTensor not in types:
             return func(*args)
-        return _handlers[-1](func, args, kwargs or {})
+        return handle(func, args, kwargs or {})
+
+
+def _run_thread(thread: threading.Thread, run=threading.Thread.run) -> None:
+    """A dispatch mode is of the thread that entered it."""
+    with _Everything():
+        run(thread)
 
 
 @contextmanager
@@ -174,17 +181,14 @@ def pretended_cuda(handler: Callable | None = None) -> Iterator[Callable]:
         handler: a new CheckedDevice by default; any other may make an `Operation` of its arguments and `run` it.
     """
     handler = handler or CheckedDevice()
-    swaps = torch.__future__.get_swap_module_params_on_conversion()
-    _handlers.append(handler)
-    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device="cuda") by way of the CPU
-    torch.__future__.set_swap_module_params_on_conversion(True)  # module.to keeps its parameters, tied ones too
-    try:
-        with pretended_functions(), EveryOperation():
-            yield handler
-    finally:
-        torch.__future__.set_swap_module_params_on_conversion(swaps)
-        torch._C._set_only_lift_cpu_tensors(False)
-        _handlers.remove(handler)
+    with ExitStack() as stack:
+        if len(_handlers) == 1:  # an inner context has another handler, and the outer one's device
+            stack.enter_context(pretended_functions())
+            stack.enter_context(patch.object(threading.Thread, "run", _run_thread))
+            stack.enter_context(_Everything())
+        _handlers.append(handler)
+        stack.callback(_handlers.pop)
+        yield handler
 
 
 def _where() -> str:
@@ -192,23 +196,24 @@ def _where() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         path = frame.f_code.co_filename
-        if path.startswith(PROJECT) and not path.startswith(f"{HERE}/") and "/.venv/" not in path:
+        if path.startswith(PROJECT) and path != __file__ and "/.venv/" not in path:
             return f"{path.removeprefix(PROJECT)}:{frame.f_lineno} {frame.f_code.co_name}"
         frame = frame.f_back
     return "torch"
 
 
 def _values(x):
-    return x.values if isinstance(x, CudaTensor) else x
+    return x.values if type(x) is CudaTensor else x
 
 
-def _leaves(x) -> Iterator:
-    if isinstance(x, tuple | list):
-        for each in x:
-            yield from _leaves(each)
-    else:
-        yield x
+def _leaves(x) -> list:
+    """What tuples and lists, also within each other, hold; of everything else, itself."""
+    if type(x) not in (tuple, list):
+        return [x]
+    return [leaf for each in x for leaf in (_leaves(each) if type(each) in (tuple, list) else (each,))]
 
 
 def _map(function: Callable, x):
-    return type(x)(_map(function, each) for each in x) if type(x) in (tuple, list) else function(x)
+    if type(x) not in (tuple, list):
+        return function(x)
+    return type(x)([_map(function, each) if type(each) in (tuple, list) else function(each) for each in x])

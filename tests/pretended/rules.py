@@ -50,14 +50,15 @@ def check(operation) -> None:
             )
     if name in NOT_OF_INTEGERS and not (on_gpu[-1].is_floating_point() or on_gpu[-1].is_complex()):
         raise RuntimeError(f'"{name}_cuda" not implemented for {on_gpu[-1].dtype}')
-    if name in PRODUCTS and operation.func._overloadname.startswith("dtype"):
-        _check_out_dtype(operation)
-    _ask_fake_tensors(operation)
+    if name in PRODUCTS:
+        _check_dtypes(operation)
+    ask_fake_tensors(operation)
 
 
-def _check_out_dtype(operation) -> None:
-    *added, a, b = operation.args[: 2 + operation.name.strip("_").startswith(("addmm", "baddbmm"))]
-    out_dtype = operation.args[len(added) + 2]
+def _check_dtypes(operation) -> None:
+    """Of a product, and of what it is added to."""
+    *added, a, b = (x for x in operation.args if isinstance(x, torch.Tensor))
+    (out_dtype,) = [x for x in operation.args if isinstance(x, torch.dtype)] or [a.dtype]
     if a.dtype != b.dtype:
         raise RuntimeError(f"expected mat1 and mat2 to have the same dtype, but got: {a.dtype} != {b.dtype}")
     is_wider = out_dtype == torch.float32 and a.dtype in (torch.float16, torch.bfloat16)
@@ -67,7 +68,8 @@ def _check_out_dtype(operation) -> None:
         raise RuntimeError("self dtype must match either out_dtype or mat1 dtype")
 
 
-def _ask_fake_tensors(operation) -> None:
+def ask_fake_tensors(operation) -> None:
+    """Raise what FakeTensorMode has against it; asked once for each kind of arguments."""
     call = operation.func, _kind(operation.args), _kind(tuple(operation.kwargs.items()))
     if call in _accepted or operation.name == "_local_scalar_dense":
         return
@@ -97,14 +99,13 @@ def _kind(x):
 def product(func, args, kwargs):
     """A matrix product as tensor cores make it: operands of 16 bits, sums of 32; in whatever dtype it is asked for."""
     operands = [x for x in args if isinstance(x, torch.Tensor)]
-    if operands[-1].itemsize > 2:
+    asked = [x for x in args if isinstance(x, torch.dtype)]  # which the CPU has no product for
+    if not asked and operands[-1].itemsize > 2:
         return func(*args, **kwargs)
-    asked = [x for x in args if isinstance(x, torch.dtype)]
-    out = kwargs.pop("out", None)
-    result = func.overloadpacket(*(x.float() for x in operands), **kwargs)
-    if func._schema.is_mutable and out is None:
-        return operands[0].copy_(result)
-    return out.copy_(result) if out is not None else result.to(asked[0] if asked else operands[-1].dtype)
+    out = kwargs.pop("out", operands[0] if func._schema.is_mutable else None)  # addmm_ has no `out`
+    summed_in = torch.promote_types(operands[-1].dtype, torch.float32)
+    result = func.overloadpacket(*(x.to(summed_in) for x in operands), **kwargs)
+    return result.to(asked[0] if asked else operands[-1].dtype) if out is None else out.copy_(result)
 
 
 def wait(operation) -> str | None:
