@@ -155,7 +155,8 @@ def modelled(device: ModelledDevice, card: Card, model: torch.nn.Module) -> Iter
         for owner, name in REPEATED:
             if hasattr(owner, name):
                 stack.enter_context(patch.object(owner, name, once_by_shapes(getattr(owner, name), clock)))
-        stack.enter_context(_parts_of_scores(clock))
+        of_queries = _queries_apart(pairwise._PairwiseJob._preconditioned_queries, clock)
+        stack.enter_context(patch.object(pairwise._PairwiseJob, "_preconditioned_queries", of_queries))
         stack.enter_context(disk.ModelledDisk(clock).installed())
         yield
 
@@ -213,17 +214,14 @@ def _shapes(value):
     return getattr(value, "name", id(value) if isinstance(value, torch.nn.Module) else value)  # a layer's name
 
 
-@contextmanager
-def _parts_of_scores(clock: Clock) -> Iterator[None]:
-    """Inside, what the queries take is told from what the passes over the training set take."""
-    really = pairwise._PairwiseJob._preconditioned_queries
+def _queries_apart(really, clock: Clock):
+    """What the queries of a pass take, told from what its training set takes."""
 
     def of_queries(self, *arguments):
-        label = arguments[-1]
+        label = arguments[-1]  # " (pass 1 of 2)"
         with clock.during(part=f"queries{label}"):
             result = really(self, *arguments)
         clock.part = f"training set{label}"  # until the stage ends
         return result
 
-    with patch.object(pairwise._PairwiseJob, "_preconditioned_queries", of_queries):
-        yield
+    return of_queries

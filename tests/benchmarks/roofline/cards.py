@@ -41,7 +41,7 @@ CARDS = {
         float64=0.7 * 67 * TFLOP,
         flash_forward=300 * TFLOP,  # FlashAttention-2, which torch has, on an H100: 300 to 350 at long sequences
         flash_backward=220 * TFLOP,
-        attention_float32=20 * TFLOP,  # a guess: two fifths of what float32 products reach
+        attention_float32=40 * TFLOP,  # a guess: it takes three TF32 products for one of float32
         # A guess between two facts: 18 us a column at d = 100 (PyTorch issue 174674), where few kernels a column
         # suffice, and less than 3 % of peak, 2 TFLOP/s, at large d (Wang et al. 2024, "Extracting the Potential of
         # Emerging Hardware Accelerators for Symmetric Eigenvalue Decomposition").
@@ -60,7 +60,7 @@ CARDS = {
         float64=0.85 * 19.5 * TFLOP,
         flash_forward=170 * TFLOP,  # FlashAttention-2, its own figures: 180 to 220 at long sequences
         flash_backward=120 * TFLOP,
-        attention_float32=8 * TFLOP,
+        attention_float32=17 * TFLOP,  # as the H100's, by TF32
         eigh_column=60e-6,  # the H100's, with a lower clock
         eigh_rate=1.0 * TFLOP,  # by bandwidth: half of the work reads the matrix once a column
         capability=(8, 0),
@@ -68,9 +68,13 @@ CARDS = {
 }
 
 # Products. A kernel makes the result by tiles, one on each multiprocessor at a time; small tiles read their operands
-# more often, so they are slower (share of the rate), but fill the card better. Those of cuBLAS, as CUTLASS lists them.
-TILES = {(128, 256): 1.0, (256, 128): 1.0, (128, 128): 0.85, (128, 64): 0.65, (64, 64): 0.45}
-SPLITS = (1, 2, 4, 8, 16)  # of the summed axis, whose parts are added up afterwards
+# more often, so they are slower (share of the rate: guesses), but fill the card better. The sizes are those that
+# cuBLAS's kernels have in their names.
+TILES = {
+    (128, 256): 1.0, (256, 128): 1.0, (128, 128): 0.85, (128, 64): 0.65, (64, 128): 0.65, (64, 64): 0.5,
+    (128, 32): 0.5, (32, 128): 0.5, (64, 32): 0.4, (32, 32): 0.3,
+}  # fmt: skip
+SPLITS = (1, 2, 4, 8, 16, 32)  # of the summed axis, whose parts are added up afterwards
 SMALLEST_SPLIT = 512  # numbers of the summed axis in a part
 # Matrix units load 16 bytes at once; where rows do not begin at such addresses other kernels serve (a third of the
 # rate, as the prototype of this model assumed). Where only the result's do not, its writing is slower: a guess.

@@ -57,7 +57,7 @@ class Clock:
         self.host = Host()  # the thread that runs now
         self.streams = [self.host.stream]
         self.account: dict[tuple[str, str], dict[Place, Spent]] = {}
-        self.stage, self.part = "before and between", ""
+        self.stage, self.part = "All else", ""
         self.end = 0.0  # of all that was handed out
         self.records: list[list] = []  # what is done is written down there as well, see `record`
         self.give_way: Callable[[], None] = lambda: None  # to the thread that is behind the others

@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
         clock, study = model_analysis(CARDS[arguments.card], arguments.precision, size)
     took = time.perf_counter() - start
-    print(f"modelled: {CARDS[arguments.card].name}, {arguments.precision}, {size} (in {took:.0f} s)")
+    print(f"Modelled in {took:.0f} s: {CARDS[arguments.card].name}, {arguments.precision}, {size}")
     print(printed.getvalue())
     print(table(clock))
     if arguments.operations:

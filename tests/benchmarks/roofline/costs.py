@@ -50,7 +50,7 @@ def cost_of(name: str, func, args, kwargs, inputs: list[Tensor], outputs: list[T
         what = f"{'x'.join(map(str, left.shape))} @ {'x'.join(map(str, right.shape[-2:]))}"
     elif "dot_product" in name:
         flops = float(flop_registry[func._overloadpacket](*args, **kwargs, out_val=tuple(outputs)))
-        compute = attention_seconds(name, flops, inputs, args, kwargs, card)
+        compute = attention_seconds(func, flops, inputs[0], args, kwargs, card)
         what = "x".join(map(str, inputs[0].shape))
     elif name == "_linalg_eigh":
         size = inputs[0].shape[-1]
@@ -122,14 +122,14 @@ def is_aligned(x: Tensor) -> bool:
     return all(step * x.element_size() % cards.ALIGNMENT == 0 for step in (*steps, x.storage_offset()))
 
 
-def attention_seconds(name: str, flops: float, inputs: list[Tensor], args, kwargs, card: Card) -> float:
+def attention_seconds(func, flops: float, query: Tensor, args, kwargs, card: Card) -> float:
     """Of a fused kernel; a causal one leaves out half of what torch counts."""
-    is_causal = any(x is True for x in (*args, *kwargs.values()))
-    backward = "backward" in name
-    if inputs[0].dtype == torch.float32:
+    names = [argument.name for argument in func._schema.arguments]
+    is_causal = {**dict(zip(names, args)), **kwargs}.get("is_causal", False)
+    if query.dtype == torch.float32:
         rate = card.attention_float32
     else:
-        rate = card.flash_backward if backward else card.flash_forward
+        rate = card.flash_backward if "backward" in func._schema.name else card.flash_forward
     return flops * (0.5 if is_causal else 1.0) / rate
 
 

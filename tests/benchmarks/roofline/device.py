@@ -64,7 +64,7 @@ class ModelledDevice:
             made = [result.like(call.tensors, kind) for result in results]
             result = tuple(made) if is_several else made[0]
             if crossing:
-                self._copy(crossing, call.tensors, kwargs, cost.what)
+                self._copy(crossing, call, cost.what)
             elif kind is HostTensor:
                 seconds = cost.host / (torch.get_num_threads() ** cards.CPU_EIGH_GAIN if name == "_linalg_eigh" else 1)
                 self.clock.spend(seconds, (place(), f"{name} on the CPU", cost.what))
@@ -96,12 +96,14 @@ class ModelledDevice:
         if name in WAITS or (name in INDEXED and _has_mask(args[1])):
             self.clock.wait()
 
-    def _copy(self, direction: str, tensors, kwargs, what: str) -> None:
-        moved = num_bytes(tensors[-1])
-        pinned = all(x.is_cuda or is_pinned(x) for x in tensors)
+    def _copy(self, direction: str, call: "_Call", what: str) -> None:
+        non_blocking = bool(call.kwargs.get("non_blocking") or (len(call.args) > 2 and call.args[2]))
+        on_host = [x for x in call.tensors if not x.is_cuda]
+        pinned = is_pinned(on_host[0]) if on_host else non_blocking  # for which torch makes page-locked memory itself
+        moved = num_bytes(call.tensors[-1])
         seconds = max(moved / (cards.PINNED if pinned else cards.PAGEABLE), cards.LAUNCH_FLOOR)
         self.clock.launch(Cost(0.0, moved, seconds, what), (place(), f"copy {direction}", what))
-        if not (pinned and (kwargs.get("non_blocking") or False)):
+        if not (pinned and non_blocking):
             self.clock.wait()
 
     def _read(self) -> None:
