@@ -42,7 +42,7 @@ def probe(run: GradientPass, batch: Batch) -> Probe:
             loss = run.forward(batch)
         forward_flops = counter.total
         kept = [x for calls in (*run.inputs.values(), *run.outputs.values()) for x in calls]
-        gradients = run.gradients(loss, run.outputs)
+        gradients = run.gradients(loss)
     for tensor in [*kept, *(x for calls in gradients.values() for x in calls)]:
         note(tensor)
     num_bytes = sum(storage.nbytes() for storage in storages.values())

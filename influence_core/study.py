@@ -121,7 +121,7 @@ class Study:
             self.task.position_mask,
             precision or self.runtime.precision,
             self.runtime.compile and precision is None,
-            rounded=self.layers,
+            all_layers=self.layers,
             rows_per_example=None if self.task.post_processes else self.task.rows_per_example,
             find_active=self.task.has_lengths,
             copied=self.copied,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from influence_core.compiled import uncompiled
 from influence_core.errors import UserError
 from influence_core.layers.finding import output_head
 from influence_core.losses import cross_entropy, linear_cross_entropy
@@ -28,6 +29,7 @@ def head_input(head: nn.Module, num_kept: int = 1, amplify: float | None = None)
     """
     seen: list[Tensor] = []
 
+    @uncompiled  # what is compiled knows no single call
     def keep(module, arguments, keywords):
         (hidden,) = (*arguments, *keywords.values())
         kept = hidden[..., -num_kept:, :]
