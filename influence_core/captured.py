@@ -226,13 +226,14 @@ def find_active_positions(captured: Iterable[Captured]) -> None:
 
 
 def _pairs_alike(tensors: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Each tensor beside an earlier one of its shape that may say the same: the first, and the last."""
+    """Each tensor beside earlier ones of its shape that may say the same: the first, and the last two."""
     pairs: list[tuple[Tensor, Tensor]] = []
     earlier: dict[torch.Size, list[Tensor]] = {}
     for tensor in tensors:
         known = earlier.setdefault(tensor.shape, [])
-        pairs += [(other, tensor) for other in {id(x): x for x in known}.values() if other is not tensor]
-        known[1:] = [tensor]
+        if not any(other is tensor for other in known):
+            pairs += [(other, tensor) for other in known]
+            known[1:] = [*known[1:][-1:], tensor]
     return pairs
 
 
