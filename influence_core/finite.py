@@ -49,11 +49,14 @@ class FiniteWatch:
     def look(self) -> None:
         """Raise UserError if anything remembered is NaN or infinite; to be called before anything is stored."""
         noted, self.noted = self.noted, []
-        for batch in noted:
+        if not noted:
+            return
+        finite = torch.stack([torch.stack([x.loss.isfinite(), x.sums.isfinite().all()]) for x in noted]).tolist()
+        for batch, (is_loss_finite, are_sums_finite) in zip(noted, finite):
             examples = f"the batch of examples {listed(batch.indices)}"
-            if not batch.loss.isfinite():
+            if not is_loss_finite:
                 raise UserError(f"the {batch.what} of {examples} is {float(batch.loss)}: {REMEDY}")
-            if batch.sums.isfinite().all():
+            if are_sums_finite:
                 continue
             inputs, gradients = (~batch.sums.isfinite()).tolist()
             if any(inputs):  # what goes wrong in the forward pass is handed on to later layers

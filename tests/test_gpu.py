@@ -13,9 +13,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 CUDA = torch.device("cuda")
 
 
-def cuda_study(directory, half=False, **options):
+def cuda_study(directory, half=False, num_train=None, **options):
     runtime = Runtime(CUDA, Precision.choose(CUDA, half), seed=SEED, **options)
-    study = make_study(directory, runtime=runtime)
+    study = make_study(directory, runtime=runtime, num_train=num_train)
     study.model.to(CUDA)
     return study
 
