@@ -14,9 +14,9 @@ from influence_core.factors.kept import KeptCaptures
 from influence_core.factors.strategies import Damping, damping_scale, find_strategy
 from influence_core.files import require_writable
 from influence_core.layers import TrackedLayer
+from influence_core.memory import is_out_of_memory
 from influence_core.passes import LossFunction
 from influence_core.probing import Probe, probe
-from influence_core.runtime import is_out_of_memory
 from influence_core.scores.batch_sizes import fit_batch_sizes
 from influence_core.scores.cost import Work
 from influence_core.scores.pairwise import compute_pairwise_scores
@@ -58,6 +58,9 @@ def analyze(
         require_writable(study.output_dir)
     fits_factors = any(strategy.needs_lambda or strategy.in_eigenbasis for strategy in strategies)
     checked = check_contract(study, query_dataset, fits_factors)
+    of_training = probe_example(
+        study, study.train_dataset, study.fisher_loss if fits_factors else study.task.train_loss, study.layers
+    )
     work = Work(
         num_train=len(study.train_dataset),
         num_queries=len(query_dataset),
@@ -65,9 +68,7 @@ def analyze(
         train_batch_size=min(train_batch_size, len(study.train_dataset)),
         query_batch_size=min(query_batch_size, len(query_dataset)),
         factor_batch_size=min(factor_batch_size, len(study.train_dataset)),
-        train=probe_example(
-            study, study.train_dataset, study.fisher_loss if fits_factors else study.task.train_loss, study.layers
-        ),
+        train=of_training,
         query=probe_example(study, query_dataset, study.task.measurement, study.layers),
         operand_bytes=study.runtime.precision.operand_dtype.itemsize,
         product_bytes=study.runtime.precision.product_dtype.itemsize,
@@ -78,6 +79,7 @@ def analyze(
         device_type=study.runtime.device.type,
         num_processes=study.runtime.world_size,
         num_workers=study.runtime.num_workers,
+        post_processed=of_training.num_gradients if study.task.post_processes else 0,
     )
     in_use, budget = available_memory(study, memory_budget)
     work = fit_batch_sizes(study.layers, work, budget, study.runtime.print)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from influence_core.analysis import analyze, refuse_foreign_results
 from influence_core.factors.strategies import Damping
+from influence_core.memory import release_cached_memory
 from influence_core.scores.stored import SCORES, pairwise_score_store
 from influence_core.storage import StageStore
 from influence_core.study import Study
@@ -52,7 +53,7 @@ def analyze_checkpoints(
             parts[name][checkpoint] = pairwise_score_store(one, name, query_dataset, damping)
         study.planned_memory = max(study.planned_memory or 0, one.planned_memory or 0)
         del one  # its model, before the next one's is loaded
-        runtime.release_cached_memory()
+        release_cached_memory()
     return {name: _mean(study, store, parts[name]) for name, store in stores.items()}
 
 

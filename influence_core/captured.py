@@ -51,6 +51,10 @@ class Captured(ABC):
     def __getitem__(self, rows: slice) -> "Captured":
         """That of some of them."""
 
+    def part(self, rows: slice) -> "Captured":
+        """That of some of them, or itself where these are all."""
+        return self if rows == slice(0, len(self)) else self[rows]
+
     @abstractmethod
     def to(self, dtype: torch.dtype) -> "Captured":
         """The same in another number format."""
@@ -199,15 +203,38 @@ def _wrong_rows(name: str, seen: Tensor, num_examples: int, rows_per_example: in
 
 
 def find_active_positions(captured: Iterable[Captured]) -> None:
-    """Note them where they are fewer than nine tenths. On a GPU, this waits for the backward pass, once a batch."""
+    """Note them where they are fewer than nine tenths; masks that say the same become one, as do active positions.
+
+    On a GPU, this waits for the backward pass, once a batch: what layers share need not be asked of each.
+    """
     captured = [each for each in captured if isinstance(each, Positions)]
     if not captured:
         return
     are_active = [has_gradient(x.output_gradients) for x in captured]
-    counts = torch.stack([active.sum(1).max() for active in are_active]).tolist()
-    for x, active, count in zip(captured, are_active, counts):
+    masks = [x.mask for x in captured if x.mask is not None]
+    pairs = [*_pairs_alike(are_active), *_pairs_alike(masks)]
+    asked = [active.sum(1).max() for active in are_active] + [(one == other).all().long() for one, other in pairs]
+    answers = torch.stack(asked).tolist()
+    first: dict[int, Tensor] = {}  # by id, the one that says the same
+    for (one, other), is_same in zip(pairs, answers[len(captured) :]):
+        if is_same:
+            first.setdefault(id(other), first.get(id(one), one))
+    for x, active, count in zip(captured, are_active, answers):
+        x.mask = first.get(id(x.mask), x.mask)
         if count < 0.9 * active.shape[1]:
-            x.active, x.max_active = active, max(count, 1)
+            x.active, x.max_active = first.get(id(active), active), max(count, 1)
+
+
+def _pairs_alike(tensors: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Each tensor beside earlier ones of its shape that may say the same: the first, and the last two."""
+    pairs: list[tuple[Tensor, Tensor]] = []
+    earlier: dict[torch.Size, list[Tensor]] = {}
+    for tensor in tensors:
+        known = earlier.setdefault(tensor.shape, [])
+        if not any(other is tensor for other in known):
+            pairs += [(other, tensor) for other in known]
+            known[1:] = [*known[1:][-1:], tensor]
+    return pairs
 
 
 def has_gradient(output_gradients: Tensor) -> Tensor:

@@ -12,11 +12,11 @@ from influence_core.captured import Captured, Positions
 from influence_core.errors import UserError, first_line
 from influence_core.finite import FiniteWatch
 from influence_core.layers import TrackedLayer
+from influence_core.memory import is_out_of_memory, release_cached_memory
 from influence_core.padding import refuse_counted_padding
 from influence_core.parameters import refuse_other_uses
 from influence_core.passes import LossFunction
 from influence_core.precision import Precision
-from influence_core.runtime import is_out_of_memory
 from influence_core.study import Study
 from influence_core.task import EXAMPLE_INDEX, Batch
 
@@ -102,7 +102,7 @@ class Comparison:
             if not is_out_of_memory(error):
                 which = " and ".join(map(str, indices))
                 raise UserError(f"the {self.what} of {which} can't be computed: {first_line(error)}") from error
-            study.runtime.release_cached_memory()
+            release_cached_memory()
             if len(indices) == 1:
                 raise UserError(
                     f"out of memory with a single example in a batch (the {self.what} of {indices[0]})"
@@ -125,7 +125,7 @@ class Comparison:
         except RuntimeError as error:  # there may be no room for the gradients of parameters
             if not is_out_of_memory(error):
                 raise
-            study.runtime.release_cached_memory()
+            release_cached_memory()
             study.runtime.print(
                 "Note: no room for the gradients of parameters: that layers make all of them is unproven"
             )

@@ -25,27 +25,48 @@ CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 
 # On a CPU, rows of logits that begin at the same place in a cache line, an odd number of lines apart (a power of two
 # would put all rows into the same few sets of the cache), and products with so many categories at once: together a
-# third faster than one product into rows of 50,257.
+# third faster than one product into rows of 50,257. On a GPU, rows that matrix units take at full speed.
 ALIGNMENT, CATEGORIES_AT_ONCE = 16, 512
+GPU_ALIGNMENT = 64
 
 
-def _logit_buffer(num_rows: int, num_categories: int, like: Tensor) -> Tensor | None:
-    """On a CPU, memory that every chunk uses again (fresh pages cost like a product); its last columns are padding."""
-    if like.device.type != "cpu":
-        return None
-    return like.new_empty(num_rows, (-(-num_categories // ALIGNMENT) | 1) * ALIGNMENT)
+class Head:
+    """A head's weight [v, d] as an operand; on a GPU with rows of zeros, so that rows of logits are aligned."""
 
+    def __init__(self, weight: Tensor, precision: Precision):
+        self.num_categories, self.precision = len(weight), precision
+        missing = -len(weight) % GPU_ALIGNMENT if weight.device.type != "cpu" else 0
+        weight = precision.operand(weight)
+        self.weight = torch.nn.functional.pad(weight, (0, 0, 0, missing)) if missing else weight
 
-def _logits(precision: Precision, hidden: Tensor, weight: Tensor, buffer: Tensor | None) -> Tensor:
-    """[positions, categories], and where there is a buffer -inf in the columns beyond them."""
-    if buffer is None:
-        return precision.matmul(hidden, weight.t())
-    logits = buffer[: len(hidden)]
-    for start in range(0, len(weight), CATEGORIES_AT_ONCE):
-        block = weight[start : start + CATEGORIES_AT_ONCE]
-        precision.matmul(hidden, block.t(), out=logits[:, start : start + len(block)])
-    logits[:, len(weight) :] = float("-inf")
-    return logits
+    def chunks(self, num_positions: int) -> Iterator[tuple[slice, Tensor | None]]:
+        """Positions whose logits are held at once; on a CPU with memory for these: fresh pages cost like a product."""
+        device, dtype = self.weight.device, self.precision.sum_dtype
+        most = CHUNK_BYTES[device.type] // (self.num_categories * dtype.itemsize)
+        chunk = min(CHUNK_ROWS[device.type], max(16, most))
+        buffer = None
+        if device.type == "cpu":
+            width = (-(-self.num_categories // ALIGNMENT) | 1) * ALIGNMENT
+            buffer = torch.empty(min(chunk, num_positions), width, dtype=dtype)
+        for start in range(0, num_positions, chunk):
+            yield slice(start, start + chunk), buffer
+
+    def logits(self, hidden: Tensor, buffer: Tensor | None) -> Tensor:
+        """[positions, categories and columns of -inf], of hidden states that are operands."""
+        if buffer is None:
+            logits = self.precision.matmul(hidden, self.weight.t())
+        else:
+            logits = buffer[: len(hidden)]
+            for start in range(0, self.num_categories, CATEGORIES_AT_ONCE):
+                block = self.weight[start : start + CATEGORIES_AT_ONCE]
+                self.precision.matmul(hidden, block.t(), out=logits[:, start : start + len(block)])
+        logits[:, self.num_categories :] = float("-inf")
+        return logits
+
+    def logit_gradient(self, probabilities: Tensor, target: Tensor) -> Tensor:
+        """softmax - onehot as an operand [positions, rows of the weight]; in the place of the probabilities."""
+        ones = probabilities.new_full(target.shape, -1.0)
+        return self.precision.operand(probabilities.scatter_add_(-1, target, ones)[:, : len(self.weight)])
 
 
 @dataclass
@@ -78,40 +99,56 @@ def watched_heads(weights: Iterable[Tensor]) -> Iterator[dict[int, list[HeadLoss
         _WATCHED.reset(token)
 
 
-def add_head_gradient(loss: HeadLoss, weight: Tensor, out: Tensor) -> None:
+def add_head_gradient(loss: HeadLoss, head: Head, out: Tensor) -> None:
     """out += d loss / d weight, of one example, by chunks of its positions.
 
     Args:
         loss: of hidden states [t, d].
-        weight: [v, d]; out: the same, in the dtype of sums.
+        out: [v, d], in the dtype of sums.
     Cost: 4 t d v FLOPs.
     """
     if loss.scale is None:
         return
-    precision, carries_loss = loss.precision, loss.targets != IGNORED
-    hidden, targets = loss.hidden[carries_loss], loss.targets[carries_loss]
-    operand_weight = precision.operand(weight)
-    for rows, buffer in _chunks(hidden, weight, precision.sum_dtype):
-        seen = precision.operand(hidden[rows])
-        logits = _logits(precision, seen, operand_weight, buffer)
-        probabilities = torch.softmax(logits, -1, out=None if buffer is None else logits)
-        gradient = _of_logits(probabilities, targets[rows, None], len(weight), precision)
-        precision.add_matmul(out, gradient.t(), seen * loss.scale.to(seen.dtype))
+    carrying = _carrying(loss.targets)
+    hidden, targets = loss.hidden.index_select(0, carrying), loss.targets.index_select(0, carrying)
+    for rows, buffer in head.chunks(len(hidden)):
+        seen = head.precision.operand(hidden[rows])
+        probabilities = _softmax(head.logits(seen, buffer), buffer)
+        gradient = head.logit_gradient(probabilities, targets[rows, None])[:, : len(out)]
+        head.precision.add_matmul(out, gradient.t(), seen * loss.scale.to(seen.dtype))
 
 
-def _chunks(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor | None]]:
-    """Positions whose logits are held at once, and the memory for these where there is any."""
-    most = CHUNK_BYTES[hidden.device.type] // (len(weight) * dtype.itemsize)
-    chunk = min(CHUNK_ROWS[hidden.device.type], max(16, most))
-    buffer = _logit_buffer(min(chunk, len(hidden)), len(weight), hidden.new_empty(0, dtype=dtype))
-    for start in range(0, len(hidden), chunk):
-        yield slice(start, start + chunk), buffer
+def _carrying(labels: Tensor, ignore_index: int = IGNORED) -> Tensor:
+    """Flat indices of the positions that carry loss; made once a batch, as it waits for a GPU."""
+    return (labels != ignore_index).flatten().nonzero().squeeze(1)
 
 
-def _of_logits(probabilities: Tensor, target: Tensor, num_categories: int, precision: Precision) -> Tensor:
-    """The gradient of logits, softmax - onehot, as an operand; in the place of the probabilities."""
-    ones = probabilities.new_full(target.shape, -1.0)
-    return precision.operand(probabilities.scatter_add_(-1, target, ones)[:, :num_categories])
+def _softmax(logits: Tensor, buffer: Tensor | None) -> Tensor:
+    return torch.softmax(logits, -1, out=None if buffer is None else logits)
+
+
+def _by_chunks(
+    head: Head, hidden: Tensor, labels: Tensor | None, uniforms: Tensor | None
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """(positions, their losses [n, 1], probabilities [n, categories and more], targets [n, 1]), chunk by chunk.
+
+    A chunk's probabilities are overwritten by the next one's.
+    """
+    for rows, buffer in head.chunks(len(hidden)):
+        logits = head.logits(head.precision.operand(hidden[rows]), buffer)
+        if labels is not None:  # beside the largest one, that the softmax then takes to 1 / sum
+            target = labels[rows, None]
+            target_logit = logits.gather(-1, target) - logits.amax(-1, keepdim=True)
+        probabilities = _softmax(logits, buffer)
+        del logits
+        if labels is None:  # a category is sampled only where its probability is not zero
+            target = sample_categorical(probabilities[:, : head.num_categories], uniforms[rows]).unsqueeze(-1)
+            smallest = torch.finfo(probabilities.dtype).tiny
+            log_likelihood = probabilities.gather(-1, target).clamp_min(smallest).log()
+        else:  # the largest probability gives log sum exp: unlike the target's it never rounds to zero
+            log_likelihood = target_logit + probabilities.amax(-1, keepdim=True).log()
+        yield rows, -log_likelihood, probabilities, target
+        del probabilities  # before the next chunk's take their place
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -121,32 +158,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
         `noted`: a HeadLoss to complete, or None.
         """
-        operand_weight = precision.operand(weight)
+        head = Head(weight, precision)
         hidden_gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         weight_gradient = torch.zeros_like(weight, dtype=precision.sum_dtype) if ctx.needs_input_grad[1] else None
         loss = hidden.new_zeros((), dtype=precision.sum_dtype)
         targets = []
-        for rows, buffer in _chunks(hidden, weight, precision.sum_dtype):
-            logits = _logits(precision, precision.operand(hidden[rows]), operand_weight, buffer)
-            if labels is not None:  # beside the largest one, that the softmax then takes to 1 / sum
-                target_logit = logits.gather(-1, labels[rows, None]) - logits.amax(-1, keepdim=True)
-            probabilities = torch.softmax(logits, -1, out=None if buffer is None else logits)
-            if labels is None:  # a category is sampled only where its probability is not zero
-                target = sample_categorical(probabilities[:, : len(weight)], uniforms[rows]).unsqueeze(-1)
-                log_likelihood = probabilities.gather(-1, target).clamp_min(torch.finfo(loss.dtype).tiny).log()
-            else:  # the largest probability gives log sum exp: unlike the target's it never rounds to zero
-                target = labels[rows, None]
-                log_likelihood = target_logit + probabilities.amax(-1, keepdim=True).log()
-            loss -= log_likelihood.sum()
+        for rows, losses, probabilities, target in _by_chunks(head, hidden, labels, uniforms):
+            loss += losses.sum()
             targets.append(target)
             if hidden_gradient is None and weight_gradient is None:
                 continue
-            logit_gradient = _of_logits(probabilities, target, len(weight), precision)
+            logit_gradient = head.logit_gradient(probabilities, target)
             if hidden_gradient is not None:
-                hidden_gradient[rows] = precision.matmul(logit_gradient, operand_weight)
+                hidden_gradient[rows] = precision.matmul(logit_gradient, head.weight)
             if weight_gradient is not None:
+                logit_gradient = logit_gradient[:, : len(weight)]
                 precision.add_matmul(weight_gradient, logit_gradient.t(), precision.operand(hidden[rows]))
-            del logits, probabilities, logit_gradient  # before the next chunk's take their place
+            del probabilities, logit_gradient  # before the next chunk's take their place
         ctx.gradients, ctx.noted = (hidden_gradient, weight_gradient), noted
         if noted is not None and targets:
             noted.targets = noted.targets.masked_scatter(noted.targets != IGNORED, torch.cat(targets))
@@ -181,17 +209,30 @@ def linear_cross_entropy(
     if not torch.is_grad_enabled():  # else the function would make the gradient of a weight that wants one
         hidden, weight = hidden.detach(), weight.detach()
     precision = active_precision(hidden)
-    carries_loss = labels != ignore_index
     noted = None
     if id(weight) in (_WATCHED.get() or {}):
-        noted = HeadLoss(hidden.detach(), labels.masked_fill(~carries_loss, IGNORED), precision)
+        noted = HeadLoss(hidden.detach(), labels.masked_fill(labels == ignore_index, IGNORED), precision)
         _WATCHED.get()[id(weight)].append(noted)
         if not hidden.requires_grad:  # nothing below the head is tracked
             hidden = noted.leaf = hidden.detach().requires_grad_()
-    hidden = hidden[carries_loss]
+    carrying = _carrying(labels, ignore_index)
+    hidden = hidden.flatten(0, -2).index_select(0, carrying)
     if uniforms is not None:
-        return _LinearCrossEntropy.apply(hidden, weight, None, uniforms[carries_loss], precision, noted)
-    return _LinearCrossEntropy.apply(hidden, weight, labels[carries_loss], None, precision, noted)
+        uniforms = uniforms.flatten().index_select(0, carrying)
+        return _LinearCrossEntropy.apply(hidden, weight, None, uniforms, precision, noted)
+    labels = labels.flatten().index_select(0, carrying)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, None, precision, noted)
+
+
+@torch.no_grad()
+def linear_cross_entropies(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = IGNORED) -> Tensor:
+    """The loss of each position by itself, zero where it carries none: as `linear_cross_entropy`, [...], nats."""
+    precision = active_precision(hidden)
+    carrying = _carrying(labels, ignore_index)
+    some = hidden.flatten(0, -2).index_select(0, carrying), labels.flatten().index_select(0, carrying), None
+    chunks = [losses.squeeze(-1) for _, losses, _, _ in _by_chunks(Head(weight, precision), *some)]
+    losses = torch.zeros(labels.numel(), dtype=precision.sum_dtype, device=hidden.device)
+    return losses.index_copy_(0, carrying, torch.cat(chunks) if chunks else losses[:0]).view(labels.shape)
 
 
 @torch.compiler.disable

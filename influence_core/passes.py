@@ -2,8 +2,10 @@
 
 A forward hook at each site of a tracked layer keeps the module's input and its output; one torch.autograd.grad of the
 summed loss then gives the gradients of all outputs at once. Parameters are frozen meanwhile, so that no gradient is
-computed which nobody reads: the graph starts at the first tracked layer. Under torch.compile, where intermediate
-tensors are out of reach, a zero `probe` is added to each output instead and the gradients of the probes are taken.
+computed which nobody reads: the graph starts at the first tracked layer.
+
+With torch.compile the hooks stay out of what is compiled (compiled.py): the tracked layers run as ever, and what lies
+between them is compiled.
 
 A layer that is called several times in one forward pass has its calls laid end to end along the position axis: the
 contraction over positions then adds the calls up within an example, as the chain rule wants.
@@ -14,7 +16,7 @@ gradient could be had at a tensor that is no more what the layer made.
 
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from influence_core.captured import Calls, Captured, Layout, find_active_positions, position_counts
+from influence_core.compiled import compiled, uncompiled
 from influence_core.errors import UserError
 from influence_core.layers import TrackedLayer
 from influence_core.losses import HeadLoss, watched_heads
@@ -47,30 +50,29 @@ class GradientPass:
         position_mask: MaskFunction = lambda batch, layer_name: None,
         precision: Precision | None = None,
         compile: bool = False,
-        rounded: list[TrackedLayer] | None = None,
+        all_layers: list[TrackedLayer] | None = None,
         rows_per_example: int | None = 1,
         find_active: bool = True,
         copied: set[str] | None = None,
     ):
         """
         Args:
-            rounded: layers that emulated bfloat16 rounds; by default those tracked here.
+            compile: torch.compile what the model does between its tracked layers.
+            all_layers: also those of other passes, by default those tracked here: emulated bfloat16 rounds them, and
+                what is compiled ends at them, so that every pass shares it.
             rows_per_example: the task's, see InfluenceTask; None where it post-processes gradients.
             find_active: look for positions without a gradient in each batch.
             copied: sites that are given copies, found on the way; a set that passes may share.
         """
         self.model, self.layers, self.loss_function, self.position_mask = model, layers, loss_function, position_mask
         self.precision = precision or Precision()
-        self.rounded = rounded or layers
+        self.all_layers, self.compile = all_layers or layers, compile
         self.sites = {site: module for layer in layers for site, module in layer.sites.items()}
         self.rows_per_example, self.find_active = rows_per_example, find_active
         self.copied: set[str] = set() if copied is None else copied
-        self.step = torch.compile(self._step) if compile else None
-        self.probe_shapes: dict[tuple, dict[str, list[torch.Size]]] = {}  # by the shapes of the batch
         self.inputs: dict[str, list[Tensor]] = {}
         self.outputs: dict[str, list[Tensor]] = {}
         self.versions: list[tuple[str, Tensor, int]] = []  # of each input and output when the layer handed it on
-        self.probes: dict[str, list[Tensor]] | None = None
         self.losses: dict[int, list[HeadLoss]] = {}  # by the id of a head's weight
         self.num_rows = 0  # of the batch
         self.is_forward = True
@@ -88,13 +90,14 @@ class GradientPass:
         if self.precision.emulated:
             for module in self._products():
                 self._swap(module.weight, self.precision.operand(module.weight.data))
-                self.handles.append(module.register_forward_pre_hook(self._round_input, with_kwargs=True))
-        for layer in self.layers:
-            for site, module in layer.sites.items():
-                self.handles.append(module.register_forward_hook(self._hook(layer, site), with_kwargs=True))
+                self.handles.append(module.register_forward_pre_hook(uncompiled(self._round_input), with_kwargs=True))
+        hooks = {site: self._hook(layer, site) for layer in self.layers for site in layer.sites}
+        for site, module in ((site, module) for layer in self.all_layers for site, module in layer.sites.items()):
+            if hook := hooks.get(site) or (self.compile and _nothing):
+                self.handles.append(module.register_forward_hook(uncompiled(hook), with_kwargs=True))
         if self.precision.emulated:  # after the hooks above: so that the output's gradient is rounded as well
             for module in self._products():
-                self.handles.append(module.register_forward_hook(self._round_output))
+                self.handles.append(module.register_forward_hook(uncompiled(self._round_output)))
         return self
 
     def __exit__(self, *exception) -> None:
@@ -107,8 +110,6 @@ class GradientPass:
         for module, training in zip(self.model.modules(), self.training):
             module.training = training
         self.forget()
-        if self.step is not None:
-            torch._dynamo.reset()  # what was compiled knows these hooks
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Captured]]:
         """Run one batch.
@@ -119,13 +120,9 @@ class GradientPass:
             UserError: a tracked layer was not called; the loss is no scalar or has no gradient; rows or the position
                 mask do not fit what a layer saw.
         """
-        shapes = tuple((key, value.shape) for key, value in batch.items())
-        with torch.enable_grad():
-            if self.step is not None and shapes in self.probe_shapes:
-                loss, gradients = self._run_compiled(batch, self.probe_shapes[shapes])
-            else:
-                loss, gradients = self._run_eager(batch)
-                self.probe_shapes[shapes] = {name: [x.shape for x in xs] for name, xs in self.outputs.items()}
+        with torch.enable_grad(), compiled(self.model) if self.compile else nullcontext():
+            loss = self.forward(batch)
+            gradients = self.gradients(loss)
         captured = self.capture(batch, gradients)
         self.forget()
         if self.find_active:
@@ -168,11 +165,11 @@ class GradientPass:
 
     def _products(self) -> Iterator[nn.Module]:
         """What emulated bfloat16 rounds."""
-        return (module for layer in self.rounded if layer.is_product for module in layer.sites.values())
+        return (module for layer in self.all_layers if layer.is_product for module in layer.sites.values())
 
     def forget(self) -> None:
         """Let go of what a forward pass left behind."""
-        self.inputs, self.outputs, self.versions, self.probes, self.losses = {}, {}, [], None, {}
+        self.inputs, self.outputs, self.versions, self.losses = {}, {}, [], {}
 
     def _swap(self, tensor: Tensor, data: Tensor) -> None:
         """Let a parameter or buffer hold other numbers until the pass ends."""
@@ -197,9 +194,6 @@ class GradientPass:
             # Shares memory and version counter with what the model goes on to use.
             self.inputs.setdefault(name, []).append(seen.detach().clone() if is_copied else seen.detach())
             calls = self.outputs.setdefault(name, [])
-            if self.probes is not None:
-                calls.append(output)
-                return output + self.probes[name][len(calls) - 1]
             calls.append(output.requires_grad_())
             # The model goes on with a tensor that is never a leaf of the graph.
             handed_on = output.clone() if is_copied else output.view_as(output)
@@ -207,10 +201,6 @@ class GradientPass:
             return handed_on
 
         return keep
-
-    def _run_eager(self, batch: Batch) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        loss = self.forward(batch)
-        return loss, self.gradients(loss, self.outputs)
 
     def forward(self, batch: Batch) -> Tensor:
         """The loss; again, with copies, where the model changed what a layer saw or made in place."""
@@ -254,27 +244,9 @@ class GradientPass:
             )
         return loss
 
-    def _run_compiled(self, batch: Batch, probe_shapes: dict) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        self.forget()
-        self.num_rows = len(batch[EXAMPLE_INDEX]) * (self.rows_per_example or 1)
-        dtype = self.precision.product_dtype
-        device = next(self.model.parameters()).device
-        probes = {
-            name: [torch.zeros(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes]
-            for name, shapes in probe_shapes.items()
-        }
-        with torch._dynamo.config.patch(recompile_limit=64), self._watch():  # by the shapes of batches
-            loss, self.inputs = self.step(batch, probes)
-        return loss, self.gradients(loss, probes)
-
-    def _step(self, batch: Batch, probes: dict) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        self.inputs, self.outputs, self.probes = {}, {}, probes
-        with self.precision.autocast(next(self.model.parameters()).device):
-            loss = self.loss_function(self.model, batch)
-        return loss, self.inputs
-
-    def gradients(self, loss: Tensor, sources: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
-        calls = {site: list(sources[site]) for site in self.sites if site in sources}
+    def gradients(self, loss: Tensor) -> dict[str, list[Tensor]]:
+        """Of each call's output, by site."""
+        calls = {site: list(self.outputs[site]) for site in self.sites if site in self.outputs}
         flat = [tensor for each in calls.values() for tensor in each]
         leaves = [loss.leaf for losses in self.losses.values() for loss in losses if loss.leaf is not None]
         self.is_forward = False
@@ -290,3 +262,7 @@ class GradientPass:
         finally:
             self.is_forward = True
         return {site: [next(gradients) for _ in each] for site, each in calls.items()}
+
+
+def _nothing(module: nn.Module, arguments: tuple, keywords: dict, output: Tensor) -> None:
+    """The hook of a layer that a pass does not track."""

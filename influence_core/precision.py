@@ -5,7 +5,8 @@ TF32:     as float32, but all products of a GPU, those of covariances and rotati
           23 (--use_tf32; not on a CPU).
 bfloat16: operands of products (model, per-sample gradients, scores) rounded to bfloat16, products accumulated in
           float32; the residual stream, losses, covariances, eigenvectors, Lambda, preconditioning and scores stay
-          float32 (eigh in float64 always).
+          float32 (eigh in float64 always). The only products of float32 numbers, rotations of the queries' gradients
+          that are rounded to bfloat16 afterwards, are TF32's on a GPU that has it.
 float64:  everything in float64, for tests.
 
 On a GPU the model runs under autocast. On a CPU (where most multiply bfloat16 hundreds of times slower than float32) it
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from influence_core.errors import UserError
+from influence_core.memory import in_halves
 
 
 @dataclass(frozen=True)
@@ -105,11 +107,15 @@ class Precision:
             return torch.matmul(a.to(self.sum_dtype), b.to(self.sum_dtype), out=out)
 
     def add_matmul(self, total: Tensor, a: Tensor, b: Tensor) -> None:
-        """total += a @ b, total in sum_dtype."""
-        if a.dtype == total.dtype:
-            total.addmm_(a, b)
-        else:
-            total += self.matmul(a, b)
+        """total += a @ b, total [rows, columns] in sum_dtype; some rows at a time where memory is short."""
+
+        def add(rows: slice) -> None:
+            if a.dtype == total.dtype:
+                total[rows].addmm_(a[rows], b)
+            else:
+                total[rows].add_(self.matmul(a[rows], b))
+
+        in_halves(add, slice(0, len(total)))
 
 
 _ACTIVE: ContextVar[Precision | None] = ContextVar("active_precision", default=None)

@@ -23,6 +23,7 @@ class Probe:
     backward_flops: float
     positions: dict[str, float]  # rows * positions that each site of a layer sees
     active_positions: dict[str, float]  # of these, those that have a gradient
+    num_gradients: int = 1  # of a layer, that can be made of it
 
 
 def probe(run: GradientPass, batch: Batch) -> Probe:
@@ -42,7 +43,7 @@ def probe(run: GradientPass, batch: Batch) -> Probe:
             loss = run.forward(batch)
         forward_flops = counter.total
         kept = [x for calls in (*run.inputs.values(), *run.outputs.values()) for x in calls]
-        gradients = run.gradients(loss, run.outputs)
+        gradients = run.gradients(loss)
     for tensor in [*kept, *(x for calls in gradients.values() for x in calls)]:
         note(tensor)
     num_bytes = sum(storage.nbytes() for storage in storages.values())
@@ -53,6 +54,9 @@ def probe(run: GradientPass, batch: Batch) -> Probe:
             of_losses = sum(float((loss.targets != IGNORED).sum()) for loss in run.losses[id(weight)])
             positions[site], active[site] = (counts.get(site, 0) + of_losses for counts in (positions, active))
     storages.clear()
-    captured_bytes = sum(x.nbytes for each in run.capture(batch, gradients).values() for x in each.tensors)
+    captured = run.capture(batch, gradients).values()
+    captured_bytes = sum(x.nbytes for each in captured for x in each.tensors)
+    num_gradients = max(map(len, captured))
     run.forget()
-    return Probe(num_bytes, 0, captured_bytes, forward_flops, counter.total - forward_flops, positions, active)
+    backward_flops = counter.total - forward_flops
+    return Probe(num_bytes, 0, captured_bytes, forward_flops, backward_flops, positions, active, num_gradients)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from influence_core.errors import UserError
 from influence_core.launch import Launch
+from influence_core.memory import free_system_memory
 from influence_core.precision import Precision
 
 # One process may wait for another's share, or for what only rank 0 does, as long as that takes. The dead are not waited
@@ -52,6 +53,9 @@ class Runtime:
         Raises:
             UserError: --use_ddp outside torchrun; a precision that the device does not have.
         """
+        if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+            # Batches of many lengths leave holes that none of the next ones fits into, unless segments can grow.
+            os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
         launch = Launch.here()
         if use_ddp and launch == Launch() and "RANK" not in os.environ:
             raise UserError(
@@ -75,7 +79,7 @@ class Runtime:
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums are float32
         precision = Precision.choose(device, use_half_precision, use_tf32)
         if device.type == "cuda":
-            torch.backends.cuda.matmul.allow_tf32 = precision.tf32
+            torch.backends.cuda.matmul.allow_tf32 = precision.tf32 or precision.is_half
         if use_ddp:
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=LONGEST_WAIT)
@@ -143,11 +147,6 @@ class Runtime:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def release_cached_memory(self) -> None:
-        """Give back what the allocator keeps for later, after an allocation failed."""
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
     @property
     def num_workers(self) -> int:
         """How many small jobs of linear algebra run at once: one thread does them nearly as fast as several."""
@@ -190,28 +189,3 @@ class Runtime:
             return int(0.9 * (torch.cuda.mem_get_info(self.device)[0] + cached))
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if self.world_size > 1 else 1
         return int(0.9 * free_system_memory() / local_processes)
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch could not get the memory that it asked for, on any device."""
-    told_by = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")  # the CPU, CUDA itself, its libraries
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in told_by)
-
-
-def free_system_memory() -> int:
-    """Bytes available on this machine, within the limit of its control group (containers)."""
-    with open("/proc/meminfo") as meminfo:
-        available = next(int(line.split()[1]) * 1024 for line in meminfo if line.startswith("MemAvailable"))
-    try:
-        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as current:
-            limit, current = int(limit.read()), int(current.read())
-        with open("/sys/fs/cgroup/memory.stat") as stat:
-            cached = sum(int(line.split()[1]) for line in stat if line.startswith(("inactive_file ", "active_file ")))
-        available = min(available, limit - current + cached)
-    except (OSError, ValueError):  # no control group, or no limit ("max")
-        pass
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit != resource.RLIM_INFINITY:  # of this process's address space, by ulimit -v
-        with open("/proc/self/statm") as statm:
-            available = min(available, limit - int(statm.read().split()[0]) * resource.getpagesize())
-    return available

@@ -9,6 +9,7 @@ import json
 import platform
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -88,11 +89,15 @@ class StageStore:
 
     def save(self, files: Mapping[str, Tensors], counts: Mapping[str, Any] | None = None) -> None:
         """Write the files, then the manifest, then drop the progress."""
-        paths = []
-        for stem, tensors in files.items():
-            paths.append(self.directory / f"{stem}.safetensors")
-            write_tensors(paths[-1], tensors)
-        self._finish(paths, counts)
+        paths = {stem: self.directory / f"{stem}.safetensors" for stem in files}
+
+        def write(stem: str) -> None:
+            write_tensors(paths[stem], files[stem])
+            file_checksum(paths[stem])
+
+        with ThreadPoolExecutor() as executor:  # one file is hashed while another is on its way to the disk
+            list(executor.map(write, files))
+        self._finish(list(paths.values()), counts)
 
     def _finish(self, paths: Sequence[Path], counts: Mapping[str, Any] | None) -> None:
         entries = {path.name: {"sha256": file_checksum(path), "bytes": path.stat().st_size} for path in paths}

@@ -17,10 +17,11 @@ from influence_core.fingerprints import dataset_fingerprint, digest, model_finge
 from influence_core.finite import FiniteWatch
 from influence_core.labels import LabelSampler
 from influence_core.layers import TrackedLayer, find_tracked_layers
+from influence_core.memory import is_out_of_memory, release_cached_memory
 from influence_core.passes import GradientPass, LossFunction
 from influence_core.precision import Precision
 from influence_core.profiler import Profiler
-from influence_core.runtime import Runtime, is_out_of_memory
+from influence_core.runtime import Runtime
 from influence_core.storage import StageStore
 from influence_core.task import Batch, InfluenceTask
 
@@ -121,7 +122,7 @@ class Study:
             self.task.position_mask,
             precision or self.runtime.precision,
             self.runtime.compile and precision is None,
-            rounded=self.layers,
+            all_layers=self.layers,
             rows_per_example=None if self.task.post_processes else self.task.rows_per_example,
             find_active=self.task.has_lengths,
             copied=self.copied,
@@ -166,7 +167,7 @@ class Study:
             result = self._run_if_it_fits(run, dataset, indices)
             if result is None:
                 made_room = make_room()
-                self.runtime.release_cached_memory()
+                release_cached_memory()
                 if made_room:
                     continue
                 if len(indices) == 1:

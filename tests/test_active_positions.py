@@ -1,13 +1,18 @@
 """Positions without a gradient are left out of the work: which they are, and that nothing else changes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from influence_core.captured import find_active_positions
+from influence_core.captured import Positions, find_active_positions
 from influence_core.factors.covariance import CovarianceSums
 from influence_core.factors.lambdas import LambdaSums
 from influence_core.layers import find_tracked_layers
 from influence_core.passes import GradientPass
+from influence_core.precision import Precision
 from influence_core.probing import probe
 from influence_core.task import EXAMPLE_INDEX
 from tests.test_exactness import FLOAT64
@@ -87,3 +92,39 @@ def test_a_gradient_that_is_no_number_is_no_zero():
     captured["first"].active = None
     find_active_positions([captured["first"]])
     assert captured["first"].active[1, 5] and captured["first"].active.sum() == ROWS + 1
+
+
+class CountingIndices(TorchDispatchMode):
+    """How often it was asked which positions a mask chooses: a GPU is waited for each time."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func._overloadpacket is torch.ops.aten.nonzero
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("own_masks", [False, True], ids=["one mask for all", "a mask made for each layer"])
+def test_positions_are_looked_up_once_for_each_mask_and_not_for_each_layer(own_masks):
+    """Of 6 layers, half of which read another stream: two masks, and two more with what has a gradient of them."""
+    torch.manual_seed(0)
+    masks = [torch.arange(POSITIONS) < torch.tensor(lengths).unsqueeze(1) for lengths in ([9, 4, 5], [3, 10, 6])]
+    captured = {}
+    layers = find_tracked_layers(nn.Sequential(*[nn.Linear(3, 3) for _ in range(6)]), list("012345"))
+    for number, layer in enumerate(layers):
+        mask = masks[number % 2]
+        gradients = torch.randn(ROWS, POSITIONS, 3) * (mask & (torch.arange(POSITIONS) < 7)).unsqueeze(-1)
+        activations = torch.randn(ROWS, POSITIONS, 3)
+        captured[layer.name] = Positions(activations, gradients, mask.clone() if own_masks else mask)
+    apart = {name: replace(each) for name, each in captured.items()}  # before anything is shared
+    find_active_positions(captured.values())
+    shared, alone = (CovarianceSums(layers, Precision(), torch.device("cpu")) for _ in range(2))
+    with CountingIndices() as counting:
+        for layer in layers:
+            shared.update(layer, captured[layer.name])
+    assert counting.count == 4
+    for layer in layers:
+        find_active_positions([apart[layer.name]])
+        alone.update(layer, apart[layer.name])
+    for name, total in alone.tensors.items():
+        assert torch.equal(shared.tensors[name], total), name

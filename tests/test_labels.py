@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from influence_core import losses
 from influence_core.labels import LabelSampler, counter_uniforms, sample_categorical
-from influence_core.losses import linear_cross_entropy
+from influence_core.losses import linear_cross_entropies, linear_cross_entropy
 from tests import reference
 
 SEEDS = [0, 1, 11, -3, 2**31, 2**63 + 5, 123456789012345678901234567890]
@@ -171,3 +171,16 @@ def test_large_logits_do_not_overflow():
     loss = linear_cross_entropy(hidden, torch.eye(2), torch.tensor([1]))
     assert loss.item() == 2000.0
     assert torch.autograd.grad(loss, hidden)[0].tolist() == [[1.0, -1.0]]
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 32 << 20], ids=["chunks of 16", "one chunk"])
+def test_losses_of_positions_add_up_to_the_summed_one(monkeypatch, chunk_bytes):
+    """Each against F.cross_entropy of its logits; zero where a position carries none, or none does."""
+    monkeypatch.setattr(losses, "CHUNK_BYTES", {"cpu": chunk_bytes})
+    hidden, weight, labels, _ = loss_case()
+    each = linear_cross_entropies(hidden, weight, labels)
+    expected = F.cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten(), reduction="none").view(3, 17)
+    torch.testing.assert_close(each, expected.detach())
+    assert not each.requires_grad and not each[labels == -100].any()
+    torch.testing.assert_close(each.sum(), linear_cross_entropy(hidden, weight, labels).detach())
+    assert not linear_cross_entropies(hidden, weight, torch.full_like(labels, -100)).any()

@@ -281,3 +281,11 @@ def test_the_probe_counts_the_same_each_time(tmp_path):
     study = make_study(tmp_path)
     probes = [probe_example(study, study.train_dataset, study.fisher_loss, study.layers) for _ in range(200)]
     assert len({(probe.num_bytes, probe.fixed_bytes) for probe in probes}) == 1
+
+
+def test_gradients_that_a_task_post_processes_are_counted_whole():
+    """Two an example: four copies of all that a batch of 2 has, of one layer at a time."""
+    plain, post_processing = (make_plan(layers(), work(post_processed=number), 1 << 40) for number in (0, 2))
+    for stage in ("lambda", "query gradients", "training pass"):
+        added = post_processing.peak_bytes[stage] - plain.peak_bytes[stage]
+        assert added == 2 * 2 * 4 * WIDTH * WIDTH * 4, stage

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import shutil
+import time
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from safetensors.torch import load_file
 
 from influence_core.analysis import analyze
 from influence_core.errors import UserError
+from influence_core.files import file_checksum
 from influence_core.precision import Precision
 from influence_core.runtime import Runtime
 from influence_core.study import Study
@@ -270,3 +273,21 @@ def test_progress_of_other_settings_is_not_gone_on_with(finished, tmp_path):
         task, _ = run(tmp_path / str(seed))
         assert task.calls == finished[1].calls
         assert contents(tmp_path / str(seed)) == contents(finished[0])
+
+
+def test_a_file_is_hashed_once_by_a_process_and_again_when_it_was_touched(tmp_path, monkeypatch):
+    path, hashed = tmp_path / "file", []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: hashed.append(file.name) or digest(file, name))
+    path.write_bytes(b"a" * 100)
+    old = time.time() - 1
+    os.utime(path, (old, old))
+    first = file_checksum(path)
+    assert file_checksum(path) == first and len(hashed) == 1
+    path.write_bytes(b"b" * 100)
+    os.utime(path, (old, old))  # whoever sets a file's time back is found out all the same
+    assert file_checksum(path) == hashlib.sha256(b"b" * 100).hexdigest()
+    path.write_bytes(b"c" * 100)  # just now: another change could leave its time as it is
+    file_checksum(path)
+    path.write_bytes(b"d" * 100)
+    assert file_checksum(path) == hashlib.sha256(b"d" * 100).hexdigest()

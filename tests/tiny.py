@@ -36,8 +36,9 @@ class TinyModel(nn.Module):
             x = torch.tanh(self.second(x))
         return torch.tanh(self.third(x))
 
-    def forward(self, tokens, mask):
-        return self.head(self.hidden(tokens, mask))
+    def forward(self, tokens, mask, has_head=True):
+        hidden = self.hidden(tokens, mask)
+        return self.head(hidden) if has_head else hidden
 
 
 class TinyTask(InfluenceTask):
@@ -82,7 +83,8 @@ class TinyTask(InfluenceTask):
         uniforms = None
         if sample_labels is not None:
             uniforms = sample_labels.uniforms(batch[EXAMPLE_INDEX], labels.shape[1])
-        return linear_cross_entropy(model.hidden(batch["tokens"], labels != PAD), model.head.weight, labels, uniforms)
+        hidden = model(batch["tokens"], labels != PAD, has_head=False)
+        return linear_cross_entropy(hidden, model.head.weight, labels, uniforms)
 
     def measurement(self, model, batch):
         return self.train_loss(model, batch)

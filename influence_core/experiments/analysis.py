@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from influence_core.analysis import analyze
 from influence_core.averaging import analyze_checkpoints
+from influence_core.compiled import what_was_compiled
 from influence_core.experiments.arguments import check_size, parse
 from influence_core.experiments.checkpoints import not_left_empty, require_checkpoint, require_same_data
 from influence_core.experiments.flags import LAST
@@ -108,6 +109,8 @@ def _run(task_class: type[ExampleTask], arguments, runtime: Runtime, made_by: st
     else:
         scores = analyze_checkpoints(study, {name: partial(study_of_step, name) for name in several}, **what)
     runtime.print(f"\n{study.profiler.table()}\n")
+    if runtime.compile:
+        runtime.print(f"{what_was_compiled()}\n")
     peak, planned = gigabytes(runtime.peak_memory()), gigabytes(study.planned_memory)
     runtime.print(f"Peak memory {peak} (planned {planned})\n")
     if runtime.is_main:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 import torch.distributed as dist
 
 from influence_core.errors import UserError, first_line
-from influence_core.runtime import is_out_of_memory
+from influence_core.memory import is_out_of_memory
 from influence_core.tasks.example import is_main_process
 from influence_core.units import gigabytes
 

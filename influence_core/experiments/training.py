@@ -143,7 +143,10 @@ def _train(task: ExampleTask, arguments, record: dict[str, Any], accelerator: Ac
     accelerator.wait_for_everyone()
     for split, dataset in splits.items():
         generate = split == "validation"
-        values = evaluate(task, model, dataset, arguments.eval_batch_size, accelerator, generate, show_progress=True)
+        with accelerator.autocast():
+            values = evaluate(
+                task, model, dataset, arguments.eval_batch_size, accelerator, generate, show_progress=True
+            )
         metrics = task.metrics(values)
         if not all(map(math.isfinite, metrics.values())):
             raise UserError(

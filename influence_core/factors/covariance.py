@@ -6,12 +6,15 @@
 Source: Martens and Grosse 2015, arXiv:1503.05671, section 3; per position as in Grosse et al. 2023, arXiv:2308.03296.
 """
 
+import operator
+
 import torch
 from torch import Tensor
 
 from influence_core.captured import Captured
 from influence_core.files import Tensors
 from influence_core.layers import TrackedLayer
+from influence_core.memory import changing, in_halves
 from influence_core.precision import Precision
 
 # Widths of the blocks of a covariance: of smaller ones the products are slower than what symmetry saves, larger ones
@@ -39,10 +42,28 @@ def mirror(total: Tensor) -> Tensor:
     return total.triu_().add_(total.triu(1).t())
 
 
-def _chosen_rows(x: Tensor, chosen: Tensor | None) -> Tensor:
-    """[rows, positions, d] -> [those chosen, d]; `chosen` [rows, positions] bool, None: all."""
-    x = x.flatten(0, 1)
-    return x if chosen is None else x.index_select(0, chosen.flatten().nonzero().squeeze(1))  # faster than x[chosen]
+class _Chosen:
+    """Flat indices of the positions that masks choose, made once for all layers that share their masks.
+
+    Making one waits for a GPU.
+    """
+
+    def __init__(self):
+        self.known: list[tuple[tuple[Tensor, ...], Tensor]] = []  # the last ones
+
+    def index(self, masks: tuple[Tensor, ...]) -> Tensor:
+        """Of the positions that all of them choose; each [rows, positions] bool."""
+        for known, index in self.known:
+            if len(known) == len(masks) and all(map(operator.is_, known, masks)):
+                return index
+        index = torch.stack(masks).all(0).flatten().nonzero().squeeze(1)
+        self.known = [*self.known[-7:], (masks, index)]
+        return index
+
+    def rows(self, x: Tensor, *masks: Tensor | None) -> Tensor:
+        """[rows, positions, d] -> [those chosen by all masks, d]; None chooses all."""
+        x, masks = x.flatten(0, 1), tuple(mask for mask in masks if mask is not None)
+        return x.index_select(0, self.index(masks)) if masks else x  # faster than x[mask]
 
 
 class CovarianceSums:
@@ -52,7 +73,7 @@ class CovarianceSums:
     """
 
     def __init__(self, layers: list[TrackedLayer], precision: Precision, device: torch.device):
-        self.precision = precision
+        self.precision, self.chosen = precision, _Chosen()
         self.tensors: Tensors = {}
         for layer in (layer for layer in layers if layer.is_kronecker):
             for kind, size in (("activation", layer.shape[1]), ("gradient", layer.shape[0])):
@@ -61,22 +82,20 @@ class CovarianceSums:
 
     def update(self, layer: TrackedLayer, captured: Captured) -> None:
         """Add one batch of one layer; positions that the mask excludes count for nothing."""
-        if not layer.is_kronecker:
-            return
-        activations, output_gradients = captured.activations, captured.output_gradients
-        mask, active = captured.mask, captured.active
-        if active is not None and mask is not None:
-            active = active & mask
-        activations = _chosen_rows(activations, mask)
-        output_gradients = _chosen_rows(output_gradients, mask if active is None else active)
-        total = self.tensors[f"activation.{layer.name}"]
-        i = layer.in_features
-        add_second_moment(total[:i, :i], activations, self.precision)
-        if layer.has_bias:  # the products of each input with the bias's one, and of that one with itself
-            total[:i, i] += activations.sum(0, dtype=self.precision.sum_dtype)
-            total[i, i] += len(activations)
-        add_second_moment(self.tensors[f"gradient.{layer.name}"], output_gradients, self.precision)
-        self.tensors[f"num_positions.{layer.name}"] += len(activations)
+        if layer.is_kronecker:
+            in_halves(lambda some: self._add(layer, captured.part(some)), slice(0, len(captured)))
+
+    def _add(self, layer: TrackedLayer, captured: Captured) -> None:
+        activations = self.chosen.rows(captured.activations, captured.mask)
+        output_gradients = self.chosen.rows(captured.output_gradients, captured.mask, captured.active)
+        total, i = self.tensors[f"activation.{layer.name}"], layer.in_features
+        with changing("covariances are summed up"):
+            add_second_moment(total[:i, :i], activations, self.precision)
+            if layer.has_bias:  # the products of each input with the bias's one, and of that one with itself
+                total[:i, i] += activations.sum(0, dtype=self.precision.sum_dtype)
+                total[i, i] += len(activations)
+            add_second_moment(self.tensors[f"gradient.{layer.name}"], output_gradients, self.precision)
+            self.tensors[f"num_positions.{layer.name}"] += len(activations)
 
     def means(self, layers: list[TrackedLayer]) -> tuple[dict[str, Tensors], dict[str, int]]:
         """({"activation_covariance": {layer: [in(+1), in(+1)]}, "gradient_covariance": …}, num_positions by layer)."""

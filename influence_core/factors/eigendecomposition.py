@@ -1,12 +1,31 @@
-"""Stage 2: the eigendecomposition of each covariance: C = Q diag(w) Q^T, one eigenvector a column."""
+"""Stage 2: the eigendecomposition of each covariance: C = Q diag(w) Q^T, one eigenvector a column.
+
+Most of it has no parallelism to give a whole device something to do: several at a time take little longer than one. A
+CPU gives each a part of its threads; a GPU works at several streams, while its host decomposes others.
+"""
+
+import itertools
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from influence_core.memory import is_out_of_memory
+from influence_core.runtime import Runtime
+
 WIDE = 2048  # from this size on a decomposition uses several threads well; smaller ones go side by side
+STREAMS = 4  # of a GPU, with a decomposition each
+
+Job = TypeVar("Job")
+Decomposition = tuple[Tensor, Tensor]  # eigenvalues [d], eigenvectors [d, d]
 
 
-def eigendecomposition(covariance: Tensor) -> tuple[Tensor, Tensor]:
+def eigendecomposition(covariance: Tensor) -> Decomposition:
     """Eigenvalues (ascending, negative rounding noise set to 0) and eigenvectors of a covariance.
 
     Args:
@@ -18,10 +37,114 @@ def eigendecomposition(covariance: Tensor) -> tuple[Tensor, Tensor]:
     """
     try:
         eigenvalues, eigenvectors = torch.linalg.eigh(covariance.double())
-    except torch.linalg.LinAlgError:  # a GPU's library gives up on matrices that LAPACK takes
-        if covariance.device.type == "cpu":
+    except RuntimeError as error:  # a GPU's library gives up on matrices that LAPACK takes
+        does_not_converge = isinstance(error, torch.linalg.LinAlgError)
+        if covariance.device.type == "cpu" or not (does_not_converge or is_out_of_memory(error)):
             raise
         found = torch.linalg.eigh(covariance.double().cpu())
         eigenvalues, eigenvectors = (x.to(covariance.device) for x in found)
     # Contiguous: eigh returns its eigenvectors by columns, and a broadcast sends memory as it lies.
     return eigenvalues.clamp_(min=0).to(covariance.dtype), eigenvectors.to(covariance.dtype).contiguous()
+
+
+def num_at_once(size: int, device_type: str, num_workers: int) -> int:
+    """Decompositions of that size that the device holds at once."""
+    if device_type == "cuda":
+        return STREAMS
+    return 1 if size >= WIDE else num_workers
+
+
+def decompose_all(
+    jobs: Sequence[Job],
+    sizes: Sequence[int],
+    decompose: Callable[[Job, torch.device], Decomposition],
+    runtime: Runtime,
+) -> Iterator[tuple[Job, Decomposition]]:
+    """Each job with its result, on the runtime's device, in the order in which they are done.
+
+    Args:
+        jobs: the largest first.
+        sizes: of their matrices.
+        decompose: does one on a device.
+    """
+    if runtime.device.type == "cuda":
+        yield from _on_streams(jobs, sizes, decompose, runtime)
+        return
+    wide = sum(size >= WIDE for size in sizes)  # these, the first, get all threads one by one
+    one = partial(decompose, device=runtime.device)
+    yield from zip(jobs, itertools.chain(map(one, jobs[:wide]), runtime.map_parallel(one, jobs[wide:])))
+
+
+class Share:
+    """Deals out jobs: the device takes the largest, its host the smallest, as long as that makes an end sooner.
+
+    A host may have one core to spare, or sixty: how fast it is is seen from what it has done.
+    """
+
+    def __init__(self, sizes: Sequence[int], clock: Callable[[], float] = time.monotonic):
+        self.sizes, self.clock, self.start = sizes, clock, clock()
+        self.left = range(len(sizes))  # numbers of jobs
+        self.work = {"device": 0.0, "host": 0.0}  # done, in d^3
+        self.host_seconds = 0.0
+        self.lock = threading.Lock()
+
+    def take(self, who: str) -> int | None:
+        """The number of the next job, None where there is none."""
+        with self.lock:
+            if not self.left or (who == "host" and not self._host_is_worth_it()):
+                return None
+            job = self.left[0 if who == "device" else -1]
+            self.left = self.left[1:] if who == "device" else self.left[:-1]
+            return job
+
+    def _host_is_worth_it(self) -> bool:
+        size, of_device = self.sizes[self.left[-1]], self.work["device"]
+        if not self.host_seconds or not of_device:
+            return size < WIDE
+        of_rest = sum(self.sizes[job] ** 3 for job in self.left) * (self.clock() - self.start) / of_device
+        return size**3 * self.host_seconds / self.work["host"] < of_rest
+
+    def done(self, who: str, job: int, seconds: float) -> None:
+        with self.lock:
+            self.work[who] += self.sizes[job] ** 3
+            self.host_seconds += seconds * (who == "host")
+
+
+def _on_streams(jobs, sizes, decompose, runtime: Runtime) -> Iterator[tuple[Job, Decomposition]]:
+    share = Share(sizes)
+    results: queue.SimpleQueue = queue.SimpleQueue()  # (number of a job, its decomposition or what it raised)
+
+    def work(device: torch.device, stream: "torch.cuda.Stream | None") -> None:
+        who = "host" if stream is None else "device"
+        while (number := share.take(who)) is not None:
+            start = share.clock()
+            try:
+                with torch.cuda.stream(stream):  # of None: does nothing
+                    found = decompose(jobs[number], device)
+                if stream is not None:
+                    stream.synchronize()  # what follows runs on another stream
+            except BaseException as error:
+                results.put((number, error))
+                return
+            share.done(who, number, share.clock() - start)
+            results.put((number, found))
+
+    workers = [(runtime.device, torch.cuda.Stream(runtime.device)) for _ in range(STREAMS)]
+    threads = [
+        threading.Thread(target=work, args=each, daemon=True) for each in [*workers, (torch.device("cpu"), None)]
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in jobs:
+            number, found = results.get()
+            if isinstance(found, BaseException):
+                raise found
+            here = tuple(tensor.to(runtime.device) for tensor in found)
+            for tensor in here:  # made on another stream than it is used and let go of
+                tensor.record_stream(torch.cuda.current_stream(runtime.device))
+            yield jobs[number], here
+    finally:
+        share.left = range(0)
+        for thread in threads:
+            thread.join()

@@ -1,16 +1,16 @@
 """Fit the factors of a strategy, stage by stage; each stage finds its inputs on disk and leaves its result there."""
 
 import itertools
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from influence_core.captured import Captured
 from influence_core.errors import UserError
 from influence_core.factors.covariance import CovarianceSums
-from influence_core.factors.eigendecomposition import WIDE, eigendecomposition
+from influence_core.factors.eigendecomposition import Decomposition, decompose_all, eigendecomposition
 from influence_core.factors.kept import KeptCaptures
 from influence_core.factors.lambdas import LambdaSums
 from influence_core.factors.strategies import STRATEGIES, Strategy, find_strategy
@@ -19,6 +19,8 @@ from influence_core.finite import listed, not_finite, require_finite
 from influence_core.layers import TrackedLayer
 from influence_core.storage import StageStore
 from influence_core.study import Study
+
+Job = tuple[str, str]  # a covariance: "activation" or "gradient", and the layer
 
 
 class Sums(Protocol):
@@ -100,12 +102,14 @@ def _perform_eigendecomposition(study: Study, store: StageStore, covariance_stor
         sizes |= {("gradient", layer.name): layer.shape[0] for layer in layers}
         # The largest first, dealt out to the processes in turn, so that all finish at about the same time.
         jobs = sorted(sizes, key=lambda job: -sizes[job])
+        same = _same(covariances, jobs)
+        jobs = [job for job in jobs if job not in same]
         partition = {"rank": runtime.rank, "world_size": runtime.world_size}
         _, done = store.load_progress(partition, runtime.warn) or (0, {})
         mine = [job for job in jobs[runtime.rank :: runtime.world_size] if _named("eigenvalues", job) not in done]
 
-        def decompose(job: tuple[str, str]) -> tuple[Tensor, Tensor]:
-            covariance = covariances[f"{job[0]}_covariance"].pop(job[1]).to(runtime.device)
+        def decompose(job: Job, device: torch.device) -> Decomposition:
+            covariance = covariances[f"{job[0]}_covariance"].pop(job[1]).to(device)
             try:
                 return eigendecomposition(covariance)
             except torch.linalg.LinAlgError as error:
@@ -116,9 +120,7 @@ def _perform_eigendecomposition(study: Study, store: StageStore, covariance_stor
 
         clock = study.progress_clock()
         with runtime.progress(len(mine), "Perform Eigendecomposition", unit="matrix") as bar:
-            wide = sum(sizes[job] >= WIDE for job in mine)  # these, the first, get all threads one by one
-            results = itertools.chain(map(decompose, mine[:wide]), runtime.map_parallel(decompose, mine[wide:]))
-            for (values, vectors), job in zip(results, mine):
+            for job, (values, vectors) in decompose_all(mine, [sizes[job] for job in mine], decompose, runtime):
                 done |= {_named("eigenvalues", job): values, _named("eigenvectors", job): vectors}
                 bar.update()
                 if clock.is_due():
@@ -130,14 +132,33 @@ def _perform_eigendecomposition(study: Study, store: StageStore, covariance_stor
                 tensor = torch.empty(shape, dtype=runtime.precision.sum_dtype) if tensor is None else tensor
                 files[f"{job[0]}_{part}"][job[1]] = tensor = tensor.to(runtime.device)
                 runtime.broadcast(tensor, source=number % runtime.world_size)
+        for job, other in same.items():
+            for part in ("eigenvalues", "eigenvectors"):
+                files[f"{job[0]}_{part}"][job[1]] = files[f"{job[0]}_{part}"][other[1]].clone()
         for kind, tensors in files.items():
             require_finite(tensors, "Perform Eigendecomposition", kind.replace("_", " "))
     with study.profiler("Save Eigendecomposition"):
         if runtime.is_main:
-            store.save(files, {"num_matrices": len(jobs)})
+            store.save(files, {"num_matrices": len(sizes)})
 
 
-def _named(part: str, job: tuple[str, str]) -> str:
+def _same(covariances: Mapping[str, Tensors], jobs: Sequence[Job]) -> dict[Job, Job]:
+    """{job: an earlier one with the very same covariance}: layers that read the same input, as query, key and value."""
+    same: dict[Job, Job] = {}
+    alike: dict[tuple, list[Job]] = {}
+    for kind, name in jobs:
+        matrices = covariances[f"{kind}_covariance"]
+        matrix = matrices[name]
+        known = alike.setdefault((kind, len(matrix), float(matrix[0, 0]), float(matrix.trace())), [])
+        other = next((other for other in known if torch.equal(matrix, matrices[other[1]])), None)
+        if other is None:
+            known.append((kind, name))
+        else:
+            same[kind, name] = other
+    return same
+
+
+def _named(part: str, job: Job) -> str:
     """What progress calls the "eigenvalues" or "eigenvectors" of a (kind, layer)."""
     return f"{job[0]}_{part}.{job[1]}"
 

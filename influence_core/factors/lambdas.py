@@ -14,6 +14,7 @@ from influence_core.captured import Captured
 from influence_core.factors.eigenbasis import Eigenbasis
 from influence_core.files import Tensors
 from influence_core.layers import TrackedLayer
+from influence_core.memory import in_halves, slices
 from influence_core.precision import Precision
 
 # Bytes of per-sample gradients held at once. On a CPU so few that they stay in its cache, and that the allocator gives
@@ -68,25 +69,30 @@ class LambdaSums:
         if f"lambda.{layer.name}" not in self.tensors:
             return
         total, basis = self.tensors[f"lambda.{layer.name}"], self.bases.get(layer.name)
-        captured = captured.compact()
+        captured, gradients = captured.compact(), None
         if self.post_process is not None:
             # The task may combine rows as it likes, so it gets them all, and whole gradients.
             gradients = self.post_process(layer.name, layer.matrix_gradients(captured))
-            self._add_squares(total, gradients.to(total.dtype) if basis is None else basis.rotate(gradients))
-            return
+
+        def add(some: slice) -> None:
+            if gradients is not None:
+                made = gradients[some] if basis is None else basis.rotate(gradients[some])
+            else:
+                part = captured.part(some)
+                made = layer.matrix_gradients(part) if basis is None else basis.rotated_gradients(part)
+            self._add_squares(total, made.to(total.dtype))
+
         chunk = lambda_chunk(layer, self.precision.sum_dtype.itemsize, total.device.type)
-        for start in range(0, len(captured), chunk):
-            some = captured[start : start + chunk]
-            gradients = layer.matrix_gradients(some) if basis is None else basis.rotated_gradients(some)
-            self._add_squares(total, gradients.to(total.dtype))
+        for some in slices(len(captured if gradients is None else gradients), chunk):
+            in_halves(add, some)
 
     @staticmethod
     def _add_squares(total: Tensor, gradients: Tensor) -> None:
-        if len(gradients) == 1:  # no second matrix at hand, which may be as large as a vocabulary
-            gradient = gradients[0, :, : total.shape[1]]
+        gradients = gradients[..., : total.shape[1]]
+        if gradients.is_cuda and len(gradients) > 1:  # reads them once: the sum of squares is a kernel of its own
+            gradients = torch.linalg.vector_norm(gradients, dim=0, keepdim=True)
+        for gradient in gradients:
             total.addcmul_(gradient, gradient)
-        else:
-            total += gradients.square_().sum(0)[:, : total.shape[1]]
 
     def means(self, layers: list[TrackedLayer], num_examples: int) -> dict[str, Tensors]:
         """{"lambda_matrix": {layer: [out, in(+1)]}}"""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from influence_core.captured import Calls, Captured, Layout, Positions, lay_out
 from influence_core.errors import UserError
 from influence_core.layers.kind import TrackedLayer
-from influence_core.losses import HeadLoss, add_head_gradient
+from influence_core.losses import Head, HeadLoss, add_head_gradient
 from influence_core.precision import active_precision
 
 
@@ -157,17 +157,18 @@ class TableLayer(TrackedLayer):
         n = len(captured)
         out = self.empty_parts(captured.tensors[0], n) if out is None else out
         sum_dtype = torch.promote_types(out[0].dtype, torch.float32)
+        heads = [Head(self.parameters[0].detach(), loss.precision) for loss in captured.losses]  # of each loss
         for row in range(n):  # one at a time, as the logits of a batch are never held
             of_example = [part[row] for part in out]
             sums = [part.zero_() if part.dtype == sum_dtype else torch.zeros_like(part, dtype=sum_dtype)
                     for part in of_example]  # fmt: skip
-            self._add_gradient(captured[row : row + 1], *sums)
+            self._add_gradient(captured[row : row + 1], heads, *sums)
             for part, total in zip(of_example, sums):
                 if total is not part:  # rounded once
                     part.copy_(total)
         return out
 
-    def _add_gradient(self, one: Rows, weight: Tensor, bias: Tensor | None = None) -> None:
+    def _add_gradient(self, one: Rows, heads: list[Head], weight: Tensor, bias: Tensor | None = None) -> None:
         """Add that of one example to sums [v * d] and, where there is a bias, [v]."""
         weight = weight.view(self.out_features, self.in_features)
         for positions in one.logits:
@@ -175,9 +176,8 @@ class TableLayer(TrackedLayer):
             active_precision(hidden).add_matmul(weight, gradients.t(), hidden)
             if bias is not None:
                 bias += gradients.sum(0, dtype=bias.dtype)
-        for loss in one.losses:
-            of_one = replace(loss, hidden=loss.hidden[0], targets=loss.targets[0])
-            add_head_gradient(of_one, self.parameters[0].detach(), weight)
+        for loss, head in zip(one.losses, heads):
+            add_head_gradient(replace(loss, hidden=loss.hidden[0], targets=loss.targets[0]), head, weight)
         for (ids,), (gradients,) in one.lookups:
             weight.index_add_(0, ids, gradients.to(weight.dtype))
 

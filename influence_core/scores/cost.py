@@ -2,13 +2,15 @@
 
 from dataclasses import dataclass
 
-from influence_core.factors.eigendecomposition import WIDE
+from influence_core.factors.eigendecomposition import num_at_once
 from influence_core.factors.lambdas import lambda_chunk
 from influence_core.layers import TrackedLayer
 from influence_core.losses import CHUNK_BYTES
 from influence_core.probing import Probe
 
-GRADIENT_BUFFER_BYTES = 512 << 20  # at most, of the per-sample gradients of a layer made at once
+# At most, of the per-sample gradients of a layer made at once: those that are read together with the resident queries.
+GRADIENT_BUFFER_BYTES = {"cpu": 512 << 20, "cuda": 1 << 30}
+POST_PROCESSED_COPIES = 4  # of a gradient: by its parts, as a matrix, as the task leaves it, by its parts again
 # At most, of the query gradients of a layer preconditioned at once: on a CPU so few that they stay in its cache between
 # the four products.
 PRECONDITIONED_BYTES = {"cpu": 6 << 20, "cuda": 512 << 20}
@@ -35,6 +37,7 @@ class Work:
     device_type: str = "cpu"
     num_processes: int = 1  # that share the training examples
     num_workers: int = 1  # eigendecompositions at once
+    post_processed: int = 0  # gradients an example that a task post-processes, those of a batch all at once
 
     @property
     def num_rows(self) -> int:
@@ -46,9 +49,9 @@ class Work:
         return self.num_with_lambda if layer.is_kronecker else self.num_preconditioned
 
 
-def gradient_chunk(layer: TrackedLayer, itemsize: int) -> int:
+def gradient_chunk(layer: TrackedLayer, itemsize: int, device_type: str) -> int:
     """Per-sample gradients of a layer that are made at once, at most."""
-    return max(1, GRADIENT_BUFFER_BYTES // (layer.num_parameters * itemsize))
+    return max(1, GRADIENT_BUFFER_BYTES[device_type] // (layer.num_parameters * itemsize))
 
 
 def preconditioning_chunk(layer: TrackedLayer, itemsize: int, device_type: str) -> int:
@@ -66,10 +69,12 @@ def pass_peaks(group: list[TrackedLayer], work: Work, tile_size: int, scored_at_
     for layer in group:
         at_once = preconditioning_chunk(layer, work.sum_bytes, work.device_type)
         query_buffer = max(query_buffer, min(work.query_batch_size, at_once) * layer.num_parameters)
-        at_once = gradient_chunk(layer, work.product_bytes)
+        at_once = gradient_chunk(layer, work.product_bytes, work.device_type)
         train_buffer = max(train_buffer, min(scored_at_once, at_once) * layer.num_parameters)
     factors = factor_bytes(group, work, preconditioners=True)
     scratch = scratch_bytes(group, work)
+    largest = max(layer.num_parameters for layer in group)
+    whole = [batch * _post_processed_bytes(largest, work) for batch in (work.query_batch_size, work.train_batch_size)]
     # A query's gradient is held by its parts, as a matrix, and twice while it is rotated.
     query = (
         work.query_batch_size * work.query.num_bytes
@@ -83,9 +88,14 @@ def pass_peaks(group: list[TrackedLayer], work: Work, tile_size: int, scored_at_
         + train_buffer * work.product_bytes
     )
     return {
-        "query gradients": resident + scores + factors + query + logits + scratch,
-        "training pass": resident + scores + train + logits + scratch,
+        "query gradients": resident + scores + factors + query + logits + scratch + whole[0],
+        "training pass": resident + scores + train + logits + scratch + whole[1],
     }
+
+
+def _post_processed_bytes(num_parameters: int, work: Work) -> int:
+    """Of one example's gradients of a layer, where a task post-processes them."""
+    return POST_PROCESSED_COPIES * work.post_processed * num_parameters * work.product_bytes
 
 
 def scratch_bytes(layers: list[TrackedLayer], work: Work) -> int:
@@ -117,7 +127,7 @@ def fit_peaks(layers: list[TrackedLayer], work: Work) -> dict[str, int]:
     if work.num_in_eigenbasis and kronecker:
         peaks["covariance"] = squares + batch
         widths = [size for layer in kronecker for size in layer.shape]
-        at_once = [size**2 * (1 if size >= WIDE else work.num_workers) for size in widths]
+        at_once = [size**2 * num_at_once(size, work.device_type, work.num_workers) for size in widths]
         peaks["eigendecomposition"] = squares + 5 * 8 * max(at_once)
     with_lambda = [layer for layer in layers if work.num_lambdas(layer)]
     if with_lambda:
@@ -128,6 +138,8 @@ def fit_peaks(layers: list[TrackedLayer], work: Work) -> dict[str, int]:
         )
         peaks["lambda"] = squares * bool(work.num_in_eigenbasis) + lambda_matrices + batch + 2 * buffer
         peaks["lambda"] += scratch_bytes(with_lambda, work)
+        largest = max(layer.num_parameters for layer in with_lambda)
+        peaks["lambda"] += work.factor_batch_size * _post_processed_bytes(largest, work)
     return peaks
 
 

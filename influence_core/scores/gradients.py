@@ -6,14 +6,9 @@ from torch import Tensor
 
 from influence_core.captured import Captured
 from influence_core.layers import Parts, TrackedLayer
+from influence_core.memory import is_out_of_memory, release_cached_memory
 from influence_core.scores.cost import gradient_chunk
 from influence_core.study import Study
-
-
-def slices(size: int, chunk: int) -> Iterator[slice]:
-    """0 … size, cut into chunks."""
-    for start in range(0, size, chunk):
-        yield slice(start, min(start + chunk, size))
 
 
 class PerSampleGradients:
@@ -33,9 +28,9 @@ class PerSampleGradients:
                 yield slice(first, first + len(gradients[0])), tuple(map(operand, gradients))
                 first += len(gradients[0])
             return
-        chunk = gradient_chunk(layer, self.precision.product_dtype.itemsize)
-        num_left = sum(map(len, batches))
-        num_made, gradients = 0, self._buffer(layer, batches[0].tensors[0], min(chunk, num_left))
+        like, num_left = batches[0].tensors[0], sum(map(len, batches))
+        chunk = gradient_chunk(layer, self.precision.product_dtype.itemsize, like.device.type)
+        num_made, gradients = 0, self._buffer(layer, like, min(chunk, num_left))
         for captured in (each.compact() for each in batches):
             done = 0
             while done < len(captured):
@@ -48,8 +43,16 @@ class PerSampleGradients:
                     gradients = tuple(part[:num_left] for part in gradients)
 
     def _buffer(self, layer: TrackedLayer, like: Tensor, num_examples: int) -> Parts:
-        """To write into, always the same memory: on a CPU, fresh pages cost like a product."""
+        """To write into, for fewer where memory is short; kept, as on a CPU fresh pages cost like a product."""
         sizes = [num_examples * size for size in layer.part_sizes]
         if self.buffer is None or self.buffer.numel() < sum(sizes):
-            self.buffer = like.new_empty(sum(sizes))
+            self.buffer = None
+            try:
+                self.buffer = like.new_empty(sum(sizes))
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or num_examples == 1:
+                    raise
+        if self.buffer is None:
+            release_cached_memory()
+            return self._buffer(layer, like, num_examples // 2)
         return tuple(part.view(num_examples, -1) for part in self.buffer[: sum(sizes)].split(sizes))

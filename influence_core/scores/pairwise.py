@@ -10,7 +10,7 @@ Source: Grosse et al. 2023, arXiv:2308.03296, eq. 8 and section 3.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,8 +22,9 @@ from influence_core.captured import Captured, captured_bytes
 from influence_core.factors.strategies import Damping, Preconditioner, find_strategy
 from influence_core.files import Tensors
 from influence_core.layers import Parts, TrackedLayer
+from influence_core.memory import in_halves, slices
 from influence_core.scores.cost import preconditioning_chunk
-from influence_core.scores.gradients import PerSampleGradients, slices
+from influence_core.scores.gradients import PerSampleGradients
 from influence_core.scores.overflow import overflow
 from influence_core.scores.plan import Plan
 from influence_core.scores.stored import SCORES, pairwise_score_store, score_scale
@@ -201,11 +202,8 @@ class _PairwiseJob:
             for indices, captured in captures:
                 positions = runtime.send(torch.tensor(indices) - tile.start)
                 for layer in group:
-                    preconditioner = preconditioners[layer.name]
-                    for rows, gradients in self._preconditioned(layer, preconditioner, captured.pop(layer.name)):
-                        for number, matrices in enumerate(gradients):  # one strategy's after the other's
-                            into = tuple(part[number] for part in resident[layer.name])
-                            layer.store(matrices, positions[rows], into)
+                    of_layer = preconditioners[layer.name], captured.pop(layer.name)
+                    self._store_preconditioned(layer, *of_layer, positions, resident[layer.name])
                 bar.update(len(indices))
         for part in itertools.chain(*resident.values()):  # each process filled the rows of its own queries
             for rank, rows in enumerate(shares(len(tile), runtime)):
@@ -266,13 +264,32 @@ class _PairwiseJob:
             2, columns, block.view(len(self.strategy_names), len(tile), len(indices))
         )
 
-    def _preconditioned(self, layer: TrackedLayer, preconditioner: Preconditioner, captured: Captured):
-        """(rows, an iterator over strategies of [rows, out, in(+1)]), a few rows at a time."""
+    def _store_preconditioned(
+        self,
+        layer: TrackedLayer,
+        preconditioner: Preconditioner,
+        captured: Captured,
+        positions: Tensor,
+        into: Parts,
+    ) -> None:
+        """into[:, positions] = the captured examples' preconditioned gradients, a few at a time.
+
+        Args:
+            into: parts of [strategies, queries of the tile].
+        """
+
+        def store(rows: slice, of_rows: Iterator[Tensor]) -> None:
+            for number, matrices in enumerate(of_rows):  # one strategy's after the other's
+                layer.store(matrices, positions[rows], tuple(part[number] for part in into))
+
+        dtype, device = self.runtime.precision.sum_dtype, self.runtime.device
+        chunk = preconditioning_chunk(layer, dtype.itemsize, device.type)
         if self.study.task.post_processes:
-            for rows, gradients in self.gradients.parts(layer, [captured]):
-                yield rows, preconditioner.of_gradients(layer.to_matrix(gradients))
+            ((_, gradients),) = self.gradients.parts(layer, [captured])
+            matrices = layer.to_matrix(gradients)
+            for rows in slices(len(matrices), chunk):
+                in_halves(lambda some: store(some, preconditioner.of_gradients(matrices[some])), rows)
             return
         captured = captured.compact()
-        dtype, device = self.runtime.precision.sum_dtype, self.runtime.device
-        for rows in slices(len(captured), preconditioning_chunk(layer, dtype.itemsize, device.type)):
-            yield rows, preconditioner.of_captured(captured[rows])
+        for rows in slices(len(captured), chunk):
+            in_halves(lambda some: store(some, preconditioner.of_captured(captured[some])), rows)

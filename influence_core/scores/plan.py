@@ -14,7 +14,9 @@ from influence_core.layers import TrackedLayer
 from influence_core.scores.cost import Work, fit_flops, fit_peaks, pairwise_flops, pass_peaks
 from influence_core.units import gigabytes
 
-SCORED_AT_ONCE = 64  # training examples: their products with all resident queries read these only once
+# Training examples whose products with all resident queries read these only once: on a GPU, which takes 14 ms to read
+# 40 GB of them, as many as make that little beside the products.
+SCORED_AT_ONCE = {"cpu": 64, "cuda": 256}
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def _score_many_at_once(plan: Plan, work: Work, budget: int) -> Plan:
     """Hold several training batches until they are scored together, where that takes little beside the rest."""
     batch, tile_size = work.train_batch_size, len(plan.query_tiles[0])
     highest = max(plan.peak_bytes.values())  # of all stages
-    for at_once in range(SCORED_AT_ONCE // batch * batch, batch, -batch):
+    for at_once in range(SCORED_AT_ONCE[work.device_type] // batch * batch, batch, -batch):
         peak = max(pass_peaks(group, work, tile_size, at_once)["training pass"] for group in plan.layer_groups)
         takes_little = peak <= highest or (at_once - batch) * work.train.captured_bytes <= plan.resident_bytes / 2
         if peak <= budget and takes_little:

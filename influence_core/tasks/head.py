@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from influence_core.compiled import uncompiled
 from influence_core.errors import UserError
 from influence_core.layers.finding import output_head
-from influence_core.losses import cross_entropy, linear_cross_entropy
+from influence_core.losses import cross_entropy, linear_cross_entropies, linear_cross_entropy
 
 AMPLIFIED = (1.0, 1e3)  # hidden states times these: a soft cap shows where logits are large
 PROVEN_ON = 16  # positions
@@ -28,6 +29,7 @@ def head_input(head: nn.Module, num_kept: int = 1, amplify: float | None = None)
     """
     seen: list[Tensor] = []
 
+    @uncompiled  # what is compiled knows no single call
     def keep(module, arguments, keywords):
         (hidden,) = (*arguments, *keywords.values())
         kept = hidden[..., -num_kept:, :]
@@ -96,19 +98,24 @@ class TokenScores:
 
     def loss(self, labels: Tensor, uniforms: Tensor | None = None) -> Tensor:
         """Summed cross-entropy against labels [rows, positions], or against labels sampled with the uniforms there."""
+        self._require_fit(labels)
+        if self.weight is None:
+            return cross_entropy(self.states, labels, uniforms)
+        return linear_cross_entropy(self.states, self.weight, labels, uniforms)
+
+    def _require_fit(self, labels: Tensor) -> None:
         if self.states.shape[:-1] != labels.shape:
             raise UserError(
                 f"the model speaks of {tuple(self.states.shape[:-1])} rows and positions where the batch has "
                 f"{tuple(labels.shape)}: its loss is not one of the next token at each position"
             )
-        if self.weight is None:
-            return cross_entropy(self.states, labels, uniforms)
-        return linear_cross_entropy(self.states, self.weight, labels, uniforms)
 
     def losses(self, labels: Tensor) -> Tensor:
-        """The loss of each row by itself, [rows]."""
-        rows = (TokenScores(self.states[row : row + 1], self.weight) for row in range(len(labels)))
-        return torch.stack([scores.loss(labels[row : row + 1]) for row, scores in enumerate(rows)])
+        """The loss of each row by itself, [rows] float64; without a gradient."""
+        self._require_fit(labels)
+        if self.weight is not None:
+            return linear_cross_entropies(self.states, self.weight, labels).double().sum(1)
+        return torch.stack([cross_entropy(*row) for row in zip(self.states, labels)]).double()
 
 
 def token_scores(model: nn.Module, inputs: dict[str, Tensor], is_matrix: bool, head: nn.Module | None) -> TokenScores:

@@ -75,7 +75,7 @@ class LanguageModelTask(TransformerTask):
     @torch.no_grad()
     def evaluation_values(self, model, batch):
         targets = self.targets(batch)
-        losses = self.scores(model, batch).losses(targets).double()
+        losses = self.scores(model, batch).losses(targets)
         return {MEASUREMENT: losses, self.count_name: (targets != IGNORED).sum(1).double()}
 
     def mean_loss(self, values: dict[str, Tensor]) -> Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
 from influence_core.errors import UserError
-from influence_core.runtime import free_system_memory
+from influence_core.memory import free_system_memory
 from influence_core.tasks.example import is_main_process
 from influence_core.tasks.loading import load_from
 from influence_core.tasks.weights import Differences, load_weights, require_a_start, require_whole

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from influence_core.coverage import could_be_tracked
-from influence_core.runtime import is_out_of_memory
+from influence_core.memory import is_out_of_memory
 from influence_core.task import Batch
 
 Run = Callable[[nn.Module, Batch], object]

@@ -8,10 +8,10 @@ from torch import nn
 from influence_core.errors import UserError
 from influence_core.layers import TrackedLayer, find_tracked_layers
 from influence_core.layers.finding import other_layer_names
+from influence_core.memory import is_out_of_memory
 from influence_core.parameters import other_uses
 from influence_core.passes import GradientPass, LossFunction
 from influence_core.precision import Precision
-from influence_core.runtime import is_out_of_memory
 from influence_core.task import Batch
 
 TOLERANCES = (1e-3, 1e-5)  # of a gradient, and of the largest

@@ -30,6 +30,7 @@ from influence_core.tasks.demo_corpus import DEMO_CORPUS
 from tests.benchmarks.peer import Peer
 from tests.benchmarks.systems import (
     PAIRWISE,
+    OurRun,
     agreement,
     make_setting,
     matrix_product_peak,
@@ -107,10 +108,7 @@ def main():
     arguments = parse()
     with tempfile.TemporaryDirectory() as directory:
         setting = make_setting(arguments, Path(directory))
-        peer = Peer(
-            setting.task, setting.model, setting.directory / "peer", arguments.strategy, arguments.damping,
-            arguments.half, arguments.compile,
-        )  # fmt: skip
+        peer = make_peer(arguments, setting)
         if arguments.peak_memory_of:
             print(*measure_peak(arguments, setting, peer))
             return
@@ -123,6 +121,13 @@ def main():
     result["arguments"] = {key: str(value) for key, value in vars(arguments).items()}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def make_peer(arguments, setting) -> Peer:
+    return Peer(
+        setting.task, setting.model, setting.directory / "peer", arguments.strategy, arguments.damping,
+        arguments.half, arguments.compile,
+    )  # fmt: skip
 
 
 def compare_scores(arguments, setting, peer):
@@ -141,26 +146,36 @@ def compare_scores(arguments, setting, peer):
 
 
 def time_stages(arguments, setting, peer):
-    """{"stages": {stage: seconds of both, FLOPs, floor}, "gflops": the measured peak}, medians of interleaved runs."""
+    """The stage table of interleaved runs."""
     peer.task.online = True
+    measured = []
+    for _ in range(arguments.repeats):
+        peak = matrix_product_peak(setting.device, arguments.half)
+        run = run_ours(arguments, setting, setting.train, time_passes=True)
+        measured.append((peak, run, peer_seconds(arguments, setting, peer)))
+    return stage_table(measured)
+
+
+def stage_table(measured: list[tuple[float, OurRun, dict[str, float]]]):
+    """{"stages": {stage: seconds of both, FLOPs, floor}, "gflops": the measured peak}, medians.
+
+    Args:
+        measured: of each repeat the measured peak, our run and the peer's seconds.
+    """
     rows: dict[str, dict[str, list[float]]] = {}
-    peaks = []
 
     def note(stage, **values):
         for name, value in values.items():
             rows.setdefault(stage, {}).setdefault(name, []).append(value)
 
-    for _ in range(arguments.repeats):
-        peaks.append(matrix_product_peak(setting.device, arguments.half))
-        run = run_ours(arguments, setting, setting.train, time_passes=True)
-        theirs = peer_seconds(arguments, setting, peer)
+    for _, run, theirs in measured:
         for stage, seconds in theirs.items():
             action = stage.split(",")[0]
             note(stage, ours=run.seconds[action], theirs=seconds, passes=run.pass_seconds[action])
         best = min(seconds for stage, seconds in theirs.items() if stage.startswith(PAIRWISE))
         factors = sum(seconds for stage, seconds in theirs.items() if not stage.startswith(PAIRWISE))
         note("Whole, peer at its best", ours=sum(run.seconds.values()), theirs=factors + best)
-    gflops = median(peaks)
+    gflops = median(peak for peak, *_ in measured)
     stages = {}
     for stage, row in rows.items():
         medians = {name: median(values) for name, values in row.items()}
@@ -173,38 +188,47 @@ def time_stages(arguments, setting, peer):
 
 
 def peer_seconds(arguments, setting, peer) -> dict[str, float]:
-    """Of each stage, the pairwise one once for each query batch size; beyond --num_peer_train on a straight line."""
+    """Of each stage, the pairwise one once for each query batch size; beyond --num_peer_train on a straight line.
+
+    On parts it decomposes once, or not at all after the agreement: that takes as long for any number of examples.
+    """
+    part = arguments.num_peer_train
 
     def measure(num_train: int) -> dict[str, float]:
         train = setting.train[:num_train]
-        seconds = peer.fit(train, arguments.factor_batch_size)
+        seconds = peer.fit(train, arguments.factor_batch_size, decompose=part is None)
         for size in arguments.peer_query_batch_sizes:
             stage = f"{PAIRWISE}, peer's batch {size or 'all'}"
             query_batch_size = size or arguments.num_queries
             seconds[stage], _ = peer.score(setting.queries, train, query_batch_size, arguments.train_batch_size)
         return seconds
 
-    part = arguments.num_peer_train
     if part is None:
         return measure(arguments.num_train)
-    measure(part)  # warms up
+    warm_up = setting.train[: arguments.factor_batch_size]
+    peer.fit(warm_up, arguments.factor_batch_size, decompose=False)
+    for size in arguments.peer_query_batch_sizes:
+        peer.score(setting.queries[: size or None], warm_up, size or arguments.num_queries, arguments.train_batch_size)
     small, large = measure(part), measure(2 * part)
     steps = arguments.num_train / part - 2
-    grows = {stage: 0 if stage == "Perform Eigendecomposition" else large[stage] - small[stage] for stage in large}
-    return {stage: large[stage] + steps * grows[stage] for stage in large}
+    return {stage: large[stage] + steps * (large[stage] - small[stage]) for stage in large}
 
 
 def print_times(result):
+    """One line a stage; `modelled`, where rows have it, is what roofline.py says of ours."""
     print(
         f"\n{'stage':<40} {'ours (s)':>8} {'theirs':>8} {'ratio':>6} {'GFLOP/s':>8} {'of peak':>8} {'ours/floor':>10}"
+        + f" {'modelled':>9}" * any("modelled" in row for row in result["stages"].values())
     )
     for stage, row in result["stages"].items():
         line = f"{stage:<40} {row['ours']:>8.2f} {row['theirs']:>8.2f} {row['ratio']:>7.2f}x"
+        of_peak = ""
         if "gflops" in row:
-            line += (
+            of_peak = (
                 f" {row['gflops']:>8.0f} {row['gflops'] / result['gflops']:>8.0%} {row['ours'] / row['floor']:>10.2f}"
             )
-        print(line)
+        modelled = f" {row['modelled']:>9.2f}" if "modelled" in row else ""
+        print(f"{line}{of_peak:<28}{modelled}".rstrip())
     print(f"matrix-product peak in this run: {result['gflops']:.0f} GFLOP/s")
 
 

@@ -3,7 +3,8 @@
     python -m tests.benchmarks.gpu_inputs --dataset_name_or_path DIR --tokenizer_name_or_path DIR
 
 writes benchmark_inputs/ (ignored by git): wikitext2.safetensors, {"train" [4656, 512], "validation" [481, 512]} of
-token indices, and wheels/. Copy the folder along, and run tests/benchmarks/gpu_run.sh there.
+token indices (more where the text is longer), and wheels/. Copy the folder along, and run tests/benchmarks/gpu_run.sh
+there, which refuses fewer training sequences than it is to measure.
 """
 
 import argparse

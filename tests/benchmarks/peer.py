@@ -1,6 +1,7 @@
 """kronfluence 1.0.1, run stage by stage: the peer that the benchmarks compare with."""
 
 import copy
+import json
 from pathlib import Path
 
 import torch
@@ -45,19 +46,30 @@ class Peer:
             "peer", model, self.task, cpu=on_cpu, profile=True, disable_tqdm=True, output_dir=str(directory)
         )
         self.strategy, self.damping, self.half = strategy, damping, half
+        self.record = directory / "seconds.json"  # beside the factors: what the last fit took
 
-    def fit(self, train_dataset, batch_size: int) -> dict[str, float]:
-        """Seconds of each factor stage, by the peer's own profiler."""
+    def fit(self, train_dataset, batch_size: int, decompose: bool = True) -> dict[str, float]:
+        """Seconds of each factor stage, by the peer's own profiler.
+
+        `decompose=False`: Lambda is fitted in the eigenvectors that an earlier fit left in this directory, where one
+        did, and the decomposition's seconds are those of that fit; what it takes does not depend on the data.
+        """
         arguments = FactorArguments(strategy=self.strategy)
         if self.half:
             arguments = all_low_precision_factor_arguments(strategy=self.strategy, dtype=torch.bfloat16)
         self.analyzer.profiler.recorded_durations.clear()
         train_dataset = list(map(self.for_peer, train_dataset))
-        self.analyzer.fit_all_factors(
-            "factors", train_dataset, per_device_batch_size=batch_size, factor_args=arguments, overwrite_output_dir=True
-        )
+        earlier = {} if decompose or not self.record.exists() else json.loads(self.record.read_text())
+        common = {"factors_name": "factors", "factor_args": arguments, "overwrite_output_dir": True}
+        data = {"dataset": train_dataset, "per_device_batch_size": batch_size}
+        self.analyzer.fit_covariance_matrices(**common, **data)
+        if not earlier:
+            self.analyzer.perform_eigendecomposition(**common)
+        self.analyzer.fit_lambda_matrices(**common, **data)
         recorded = self.analyzer.profiler.recorded_durations
-        return {stage: sum(recorded[stage]) for stage in STAGES if stage in recorded}
+        seconds = earlier | {stage: sum(recorded[stage]) for stage in STAGES if stage in recorded}
+        self.record.write_text(json.dumps(seconds))
+        return seconds
 
     def score(self, query_dataset, train_dataset, query_batch_size: int, train_batch_size: int):
         """(seconds, [queries, training examples])"""

@@ -1,5 +1,6 @@
 """What the benchmarks run: model and data of a setting, our analysis with its timings, and how scores agree."""
 
+import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -52,7 +53,11 @@ def make_setting(arguments, directory: Path) -> Setting:
     torch.manual_seed(arguments.seed)
     task = task_class(**{flag: getattr(arguments, flag) for flag in flags})
     model = task.load_model(arguments.checkpoint_dir).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    # Of this process, so for both systems, whichever comes first.
+    torch.backends.cuda.matmul.allow_tf32 = arguments.tf32
     train, queries = list(task.load_dataset("train")), list(task.load_dataset("validation"))
+    if len(train) < (arguments.num_train or 0):
+        sys.exit(f"the data has {len(train)} training examples, and --num_train asks for {arguments.num_train}")
     queries += train[arguments.num_train :]  # a small corpus has few; time does not depend on which they are
     return Setting(task, model, train[: arguments.num_train], queries[: arguments.num_queries], directory)
 
@@ -66,6 +71,7 @@ class OurRun:
     planned_bytes: int
     flops: dict[str, float]
     product_flops: dict[str, float]  # of these, those outside the forward and backward passes
+    table: str  # of all stages, those that load and save too
     pass_seconds: dict[str, float] = field(default_factory=dict)  # of the passes alone
 
 
@@ -94,7 +100,8 @@ def run_ours(arguments, setting: Setting, train: list, time_passes: bool = False
     products = {stage: count - passes.get(stage, 0) for stage, count in flops.items()}
     run_again = 1 - study.num_kept / len(train)  # the Lambda pass takes what the covariance pass kept
     flops["Fit Lambda"] = products.get("Fit Lambda", 0) + run_again * of_train
-    run = OurRun(scores[arguments.strategy], seconds, study.planned_memory, flops, products)
+    table = study.profiler.table()
+    run = OurRun(scores[arguments.strategy], seconds, study.planned_memory, flops, products, table)
     if time_passes:
         fisher = _pass_seconds(study, train, study.fisher_loss, arguments.factor_batch_size)
         pairwise = _pass_seconds(study, train, setting.task.train_loss, arguments.train_batch_size)

@@ -157,7 +157,8 @@ class BenchmarkedWikiText(BenchmarkedTask, WikiTextTask):
 
     def load_dataset(self, split, indices=None):
         if self.tokens and split not in self._splits:
-            self._splits[split] = [{"input_ids": block.long()} for block in load_file(self.tokens)[split]]
+            blocks = load_file(self.tokens)[split][:, : self.block_size]
+            self._splits[split] = [{"input_ids": block.long()} for block in blocks]
         return super().load_dataset(split, indices)
 
     def labelled_loss(self, model, batch):

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("guard.cpp")
+_loaded: list[ctypes.CDLL] = []
 
 
 def compiler() -> str | None:
@@ -20,13 +21,15 @@ def compiler() -> str | None:
 
 def load() -> None:
     """Let autograd and autocast of this process take CUDA tensors."""
+    if _loaded:
+        return
     assert "torch" not in sys.modules, "torch has looked for a CUDA device already"
     identity = SOURCE.read_text() + importlib.metadata.version("torch")
     name = f"guard-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     library = SOURCE.parent / "__pycache__" / name
     if not library.exists():
         _compile(library)
-    ctypes.CDLL(str(library))
+    _loaded.append(ctypes.CDLL(str(library)))
 
 
 def _compile(library: Path) -> None:

@@ -4,6 +4,8 @@ Sources: torch's own checks (TensorIterator takes a CPU tensor without dimension
 indices may be on the CPU; Blas.cpp on `out_dtype`), and FakeTensorMode, which knows the devices and dtypes of the rest.
 """
 
+import threading
+
 import torch
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -27,7 +29,7 @@ READ = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutiv
 READ |= {"_linalg_eigh", "_linalg_check_errors", "_local_scalar_dense"}
 UNKNOWN = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException, NotImplementedError)
 
-_fake = FakeTensorMode(allow_non_fake_inputs=True)
+_fake, _one_at_a_time = FakeTensorMode(allow_non_fake_inputs=True), threading.Lock()
 _accepted: set = set()  # calls that FakeTensorMode had nothing against
 
 
@@ -80,7 +82,7 @@ def ask_fake_tensors(operation) -> None:
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
 
     try:
-        with _fake:
+        with _one_at_a_time, _fake:
             operation.func(*tree_map(fake, operation.args), **tree_map(fake, operation.kwargs))
     except UNKNOWN:
         pass
