@@ -5,10 +5,10 @@ CPU gives each a part of its threads; a GPU works at several streams, while its 
 """
 
 import itertools
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from typing import TypeVar
 
@@ -111,40 +111,34 @@ class Share:
 
 
 def _on_streams(jobs, sizes, decompose, runtime: Runtime) -> Iterator[tuple[Job, Decomposition]]:
-    share = Share(sizes)
-    results: queue.SimpleQueue = queue.SimpleQueue()  # (number of a job, its decomposition or what it raised)
+    share, of_thread = Share(sizes), threading.local()
 
-    def work(device: torch.device, stream: "torch.cuda.Stream | None") -> None:
-        who = "host" if stream is None else "device"
-        while (number := share.take(who)) is not None:
-            start = share.clock()
-            try:
-                with torch.cuda.stream(stream):  # of None: does nothing
-                    found = decompose(jobs[number], device)
-                if stream is not None:
-                    stream.synchronize()  # what follows runs on another stream
-            except BaseException as error:
-                results.put((number, error))
-                return
-            share.done(who, number, share.clock() - start)
-            results.put((number, found))
+    def make_stream() -> None:
+        of_thread.stream = torch.cuda.Stream(runtime.device)
 
-    workers = [(runtime.device, torch.cuda.Stream(runtime.device)) for _ in range(STREAMS)]
-    threads = [
-        threading.Thread(target=work, args=each, daemon=True) for each in [*workers, (torch.device("cpu"), None)]
-    ]
-    for thread in threads:
-        thread.start()
-    try:
-        for _ in jobs:
-            number, found = results.get()
-            if isinstance(found, BaseException):
-                raise found
-            here = tuple(tensor.to(runtime.device) for tensor in found)
-            for tensor in here:  # made on another stream than it is used and let go of
-                tensor.record_stream(torch.cuda.current_stream(runtime.device))
-            yield jobs[number], here
-    finally:
-        share.left = range(0)
-        for thread in threads:
-            thread.join()
+    def one(who: str) -> tuple[Job, Decomposition] | None:
+        number = share.take(who)
+        if number is None:
+            return None
+        start = share.clock()
+        if who == "host":
+            found = decompose(jobs[number], torch.device("cpu"))
+        else:
+            with torch.cuda.stream(of_thread.stream):
+                found = decompose(jobs[number], runtime.device)
+            of_thread.stream.synchronize()  # what follows runs on another stream
+        share.done(who, number, share.clock() - start)
+        return jobs[number], found
+
+    with ThreadPoolExecutor(STREAMS, initializer=make_stream) as device, ThreadPoolExecutor(1) as host:
+        futures = [pool.submit(one, who) for who, pool in (("device", device), ("host", host)) for _ in jobs]
+        try:
+            for future in as_completed(futures):
+                if (result := future.result()) is None:
+                    continue
+                here = tuple(tensor.to(runtime.device) for tensor in result[1])
+                for tensor in here:  # made on another stream than it is used and let go of
+                    tensor.record_stream(torch.cuda.current_stream(runtime.device))
+                yield result[0], here
+        finally:
+            share.left = range(0)
