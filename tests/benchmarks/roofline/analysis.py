@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -12,6 +13,7 @@ import torch
 
 from influence_core import analysis, check, profiler, study
 from influence_core.captured import Captured
+from influence_core.factors import eigendecomposition
 from influence_core.factors.covariance import CovarianceSums
 from influence_core.factors.lambdas import LambdaSums
 from influence_core.losses import HeadLoss
@@ -152,6 +154,8 @@ def modelled(device: ModelledDevice, card: Card, model: torch.nn.Module) -> Iter
         for module in (check, profiler, study):
             stack.enter_context(patch.object(module, "time", clocks))
         stack.enter_context(patch.object(GradientPass, "__call__", pass_once_by_shapes(GradientPass.__call__, clock)))
+        if share := getattr(eigendecomposition, "Share", None):  # deals out by what it sees take how long
+            stack.enter_context(patch.object(eigendecomposition, "Share", partial(share, clock=clock.now)))
         for owner, name in REPEATED:
             if hasattr(owner, name):
                 stack.enter_context(patch.object(owner, name, once_by_shapes(getattr(owner, name), clock)))

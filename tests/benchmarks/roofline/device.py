@@ -48,8 +48,8 @@ class ModelledDevice:
             if call.on_device:
                 self._read()
             return answer(args[0])
-        if name == "equal":
-            self._read()
+        if name == "equal":  # no two are
+            self._read() if call.on_device else self.clock.spend(cards.NO_LAUNCH, (place(), "equal on the CPU", ""))
             return False
         kind = {"cuda": DeviceTensor, "cpu": HostTensor}[target or ("cuda" if call.on_device else "cpu")]
         crossing = _crossing(name, call.tensors, target)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
@@ -25,6 +26,7 @@ class ModelledDisk:
 
     def __init__(self, clock: Clock):
         self.clock = clock
+        self.free = 0.0  # seconds, from when on the disk has nothing to write
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -60,7 +62,10 @@ class ModelledDisk:
         def fsync(descriptor: int) -> None:
             with open(f"/proc/self/fd/{descriptor}", "rb") as file:
                 size = disk.size(file.read())
-            clock.spend(cards.FSYNC + size / cards.DISK, (place(), "writing to the disk", ""))
+            disk.free = max(disk.free, clock.now()) + cards.FSYNC + size / cards.DISK
+            clock.spend(disk.free - clock.now(), (place(), "writing to the disk", ""))
+            written = time.time_ns() - 1_000_000_000  # a large file's last byte is not of this very moment
+            os.utime(descriptor, ns=(written, written))
 
         with ExitStack() as patches:
             for module in (files, storage):
