@@ -129,4 +129,5 @@ def test_the_analysis_itself_is_what_is_modelled():
     assert 0.97 * of_symmetry < flops["Fit Covariance"] < 2 * of_symmetry
     *_, total = rows["Total"]
     assert total == pytest.approx(sum(row[4] for stage, row in rows.items() if stage != "Total"), rel=0.01)
-    assert total > max(rows["Total"][2:4])  # neither the device nor the host is always at work
+    *_, device, host, wall = map(sum, zip(*(row for stage, row in rows.items() if stage.startswith("Fit"))))
+    assert wall > max(device, host)  # of what no threads share
