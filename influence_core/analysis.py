@@ -88,12 +88,13 @@ def analyze(
     kept = KeptCaptures(plan.kept_bytes)
     # Those with covariances first: what their pass kept then serves the first Lambda, of whichever strategy.
     in_order = sorted(strategies, key=lambda strategy: not strategy.in_eigenbasis)
-    stores = {strategy.name: fit_factors(study, strategy.name, work.factor_batch_size, kept) for strategy in in_order}
-    kept.clear()
-    factor_stores = {name: stores[name] for name in strategy_names}
-    return compute_pairwise_scores(
-        study, factor_stores, query_dataset, plan, damping, work.query_batch_size, work.train_batch_size
-    )
+    with study.writer:
+        stores = {each.name: fit_factors(study, each.name, work.factor_batch_size, kept) for each in in_order}
+        kept.clear()
+        factor_stores = {name: stores[name] for name in strategy_names}
+        return compute_pairwise_scores(
+            study, factor_stores, query_dataset, plan, damping, work.query_batch_size, work.train_batch_size
+        )
 
 
 def refuse_foreign_results(

@@ -59,7 +59,7 @@ def analyze_checkpoints(
 
 def _mean(study: Study, store: StageStore, parts: Mapping[str, StageStore]) -> Tensor:
     """Of the parts' scores, [queries, training examples] on the CPU; stored, or read where it is stored."""
-    store.settings["scores"] = {name: part.checksum() for name, part in parts.items()}
+    store.add_settings(scores={name: part.checksum() for name, part in parts.items()})
     with study.stage(store) as todo:
         if todo and study.runtime.is_main:
             scores = [part.load()["pairwise_scores"][SCORES] for part in parts.values()]

@@ -8,9 +8,10 @@ again only for the very settings that made it.
 import json
 import platform
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from influence_core.files import (
     write_whole,
 )
 from influence_core.fingerprints import digest
+from influence_core.writer import Writer
 
 
 class StageStore:
@@ -42,12 +44,36 @@ class StageStore:
     Args:
         directory: made when something is written.
         stage: name of the manifest, such as "covariance".
-        settings: all that determines the numbers, as JSON values; a stored result with others is refused.
+        settings: all that determines the numbers, as JSON values; a stored result with others is refused. A value that
+            is not known yet may be a function that gives it when it is needed.
         made_by: which run makes it, where that matters: one that computes again what it finds of others.
+        writer: writes the result, perhaps beside what follows. Whoever asks for it waits.
     """
 
-    def __init__(self, directory: Path, stage: str, settings: Mapping[str, Any], made_by: str = ""):
-        self.directory, self.stage, self.settings, self.made_by = Path(directory), stage, dict(settings), made_by
+    def __init__(
+        self,
+        directory: Path,
+        stage: str,
+        settings: Mapping[str, Any],
+        made_by: str = "",
+        writer: Writer | None = None,
+    ):
+        self.directory, self.stage, self.made_by = Path(directory), stage, made_by
+        self._settings, self.writer = dict(settings), writer or Writer()
+        self._at_hand: dict[str, Tensors] | None = None  # what was just saved
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return _known(self._settings)
+
+    @property
+    def is_at_hand(self) -> bool:
+        """Whether the next `load` gives what was just saved, which may be on its way to the disk."""
+        return self._at_hand is not None
+
+    def add_settings(self, **settings) -> None:
+        """Those that are known by now."""
+        self._settings |= settings
 
     @property
     def manifest_path(self) -> Path:
@@ -59,6 +85,7 @@ class StageStore:
         Raises:
             UserError: unreadable, or made with other settings (the fields that differ are named).
         """
+        self.writer.wait(self.manifest_path)
         try:
             manifest = read_sealed_json(self.manifest_path)
         except FileNotFoundError:
@@ -79,6 +106,12 @@ class StageStore:
         Raises:
             UserError: as `manifest`, or a file that is missing, truncated or altered (named).
         """
+        if self._at_hand is not None:
+            files, self._at_hand = self._at_hand, None
+            return {
+                stem: {name: x for name, x in tensors.items() if names is None or name in names}
+                for stem, tensors in files.items()
+            }
         manifest = self.manifest()
         if manifest is None:
             return None
@@ -88,19 +121,28 @@ class StageStore:
         }
 
     def save(self, files: Mapping[str, Tensors], counts: Mapping[str, Any] | None = None) -> None:
-        """Write the files, then the manifest, then drop the progress."""
+        """Write the files, then the manifest, then drop the progress.
+
+        Beside what follows, the copies that are written serve the next `load` as well.
+        """
+        files = {stem: {name: x.detach().cpu().contiguous() for name, x in files[stem].items()} for stem in files}
+        if self.writer.beside:
+            self._at_hand = files
+        self.writer.do(self.manifest_path, partial(self._write, files, counts))
+
+    def _write(self, files: Mapping[str, Tensors], counts: Mapping[str, Any] | None) -> None:
         paths = {stem: self.directory / f"{stem}.safetensors" for stem in files}
 
-        def write(stem: str) -> None:
+        def write(stem: str) -> tuple[Path, str]:
             write_tensors(paths[stem], files[stem])
-            file_checksum(paths[stem])
+            return paths[stem], file_checksum(paths[stem])
 
         with ThreadPoolExecutor() as executor:  # one file is hashed while another is on its way to the disk
-            list(executor.map(write, files))
-        self._finish(list(paths.values()), counts)
+            checksums = dict(executor.map(write, files))
+        self._finish(checksums, counts)
 
-    def _finish(self, paths: Sequence[Path], counts: Mapping[str, Any] | None) -> None:
-        entries = {path.name: {"sha256": file_checksum(path), "bytes": path.stat().st_size} for path in paths}
+    def _finish(self, checksums: Mapping[Path, str], counts: Mapping[str, Any] | None) -> None:
+        entries = {path.name: {"sha256": checksums[path], "bytes": path.stat().st_size} for path in checksums}
         write_sealed_json(
             self.manifest_path,
             {
@@ -114,13 +156,17 @@ class StageStore:
                 | {"python": platform.python_version()},
             },
         )
-        self.tidy()
+        self._tidy(entries)
 
     def tidy(self) -> None:
-        """Remove what a finished stage no longer needs, and what a killed process left; where that can be done."""
+        """Remove what a finished stage needs no longer, and what a killed one left of it, where that can be done."""
+        self._tidy(self.manifest()["files"])
+
+    def _tidy(self, names: Collection[str]) -> None:
         with suppress(OSError):
             self._remove_progress()
-            remove_leftovers(self.directory)
+            for name in (self.stage, *names):
+                remove_leftovers(self.directory, name)
 
     def _remove_progress(self) -> None:
         for path in self.directory.glob(f"{self.stage}.progress.*"):
@@ -140,7 +186,7 @@ class StageStore:
         path = self.directory / f"{stem}.safetensors"
         write_columns(path, name, block, columns, num_columns, runtime)
         if runtime.is_main:
-            self._finish([path], counts)
+            self._finish({path: file_checksum(path)}, counts)
         runtime.barrier()
 
     def is_own(self) -> bool:
@@ -183,7 +229,7 @@ class StageStore:
 
     def save_progress(self, partition: Mapping[str, Any], step: int, tensors: Tensors) -> None:
         """Keep what a killed run needs to go on: partial results after `step` steps of this partition of the work."""
-        record = {"settings": self.settings, "partition": dict(partition), "made_by": self.made_by, "step": step}
+        record = {"settings": self.settings, "partition": _known(partition), "made_by": self.made_by, "step": step}
         write_sealed_tensors(self._progress_path(partition), tensors, record)
 
     def load_progress(
@@ -202,13 +248,18 @@ class StageStore:
         except Damaged as reason:
             note(f"Note: {path} is damaged ({reason}): this stage starts again")
             return None
-        expected = json.loads(json.dumps({"settings": self.settings, "partition": dict(partition)}))
+        expected = json.loads(json.dumps({"settings": self.settings, "partition": _known(partition)}))
         if {key: record[key] for key in expected} != expected or (self.made_by and record["made_by"] != self.made_by):
             return None
         return record["step"], tensors
 
     def _progress_path(self, partition: Mapping[str, Any]) -> Path:
         return self.directory / f"{self.stage}.progress.{partition.get('rank', 0)}.safetensors"
+
+
+def _known(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that are functions are called by now."""
+    return {key: value() if callable(value) else value for key, value in values.items()}
 
 
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ from influence_core.profiler import Profiler
 from influence_core.runtime import Runtime
 from influence_core.storage import StageStore
 from influence_core.task import Batch, InfluenceTask
+from influence_core.writer import Writer
 
 
 @dataclass
@@ -60,6 +61,8 @@ class Study:
         self.output_dir = Path(self.output_dir)
         self.profiler = self.profiler or Profiler(self.runtime)
         self.watch = FiniteWatch(self.runtime.device)
+        # What a GPU computes need not wait for the disk; processes that read each other's files do.
+        self.writer = Writer(beside=self.runtime.device.type == "cuda" and self.runtime.world_size == 1)
         self.live: set[str] = set()  # layers that a gradient of the training loss was seen to reach
         self.copied: set[str] = set()  # layers whose input or output the model changes in place
         self.computed: set[Path] = set()  # manifests of the stages that this process went through
@@ -91,13 +94,13 @@ class Study:
         """Where a factor stage lies; `settings` are those beyond the study's own."""
         fisher = {"fisher": "empirical"} if self.use_empirical_fisher else {"fisher": "true", "seed": self.runtime.seed}
         settings = {**self.settings, **fisher, **settings}
-        return StageStore(self.output_dir / f"factors_{name}", stage, settings, self.made_by)
+        return StageStore(self.output_dir / f"factors_{name}", stage, settings, self.made_by, self.writer)
 
     def score_store(self, name: str, **settings) -> StageStore:
         """Where pairwise scores lie."""
         suffix = f"_{self.scores_suffix}" if self.scores_suffix else ""
         directory = self.output_dir / f"scores_{name}{suffix}"
-        return StageStore(directory, "pairwise_scores", {**self.settings, **settings}, self.made_by)
+        return StageStore(directory, "pairwise_scores", {**self.settings, **settings}, self.made_by, self.writer)
 
     def fisher_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The loss whose gradients make the Fisher: labels sampled, or the data's own."""

@@ -56,13 +56,13 @@ def fit_factors(
         with study.stage(stores["covariance"], twins("covariance")) as todo:
             if todo:
                 _fit_covariance(study, stores["covariance"], batch_size, kept)
-        made_from = {"covariance": stores["covariance"].checksum()}
+        made_from = {"covariance": stores["covariance"].checksum}  # known when it is written
         stores["eigendecomposition"] = study.factor_store(name, "eigendecomposition", **made_from)
         with study.stage(stores["eigendecomposition"], twins("eigendecomposition", **made_from)) as todo:
             if todo:
                 _perform_eigendecomposition(study, stores["eigendecomposition"], stores["covariance"])
     if any(strategy.of(layer).needs_lambda for layer in study.layers):
-        basis = stores["eigendecomposition"].checksum() if "eigendecomposition" in stores else "identity"
+        basis = stores["eigendecomposition"].checksum if "eigendecomposition" in stores else "identity"
         stores["lambda"] = study.factor_store(name, "lambda", basis=basis)
         with study.stage(stores["lambda"]) as todo:
             if todo:

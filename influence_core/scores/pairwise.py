@@ -10,7 +10,7 @@ Source: Grosse et al. 2023, arXiv:2308.03296, eq. 8 and section 3.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -58,9 +58,8 @@ def compute_pairwise_scores(
             if unfinished:
                 todo.append(name)
     if todo:
-        made_by = [stores[name].settings for name in todo]
         job = _PairwiseJob(study, todo, factor_stores, query_dataset, plan, damping, query_batch_size, train_batch_size)
-        scores = job.run(stores[todo[0]], made_by)
+        scores = job.run(stores[todo[0]], lambda: [stores[name].settings for name in todo])
         with study.profiler("Save Pairwise Score"):
             num_train = len(study.train_dataset)
             for name, block in reversed(list(zip(todo, scores))):  # last the first, whose store has the progress
@@ -93,10 +92,10 @@ class _PairwiseJob:
             device=study.runtime.device,
         )
 
-    def run(self, progress_store: StageStore, made_by: list[dict[str, Any]]) -> Tensor:
+    def run(self, progress_store: StageStore, made_by: Callable[[], list[dict[str, Any]]]) -> Tensor:
         """[strategies, queries, this process's training examples], on the CPU.
 
-        Progress counts only for the same settings of every strategy.
+        Progress counts only for the same settings of every strategy, which `made_by` gives.
         """
         runtime, plan = self.runtime, self.plan
         partition = {
@@ -151,7 +150,7 @@ class _PairwiseJob:
     def _load_preconditioners(self, group: list[TrackedLayer]) -> dict[str, Preconditioner]:
         """By layer. A file that several strategies have in common (by its checksum) is read once."""
         names = {layer.name for layer in group}
-        read: dict[str, dict[str, Tensors]] = {}
+        read: dict[str | int, dict[str, Tensors]] = {}
         kinds: list[dict[str, Tensors]] = []  # for each strategy: {kind: {layer: tensor}}
         for strategy_name in self.strategy_names:
             kinds.append({})
@@ -159,14 +158,15 @@ class _PairwiseJob:
                 store = self.factor_stores[strategy_name].get(stage)
                 if store is None:
                     continue
-                if store.checksum() not in read:
+                key = id(store) if store.is_at_hand else store.checksum()
+                if key not in read:
                     with self.study.profiler(action):
                         tensors = store.load(names)
-                        read[store.checksum()] = {
+                        read[key] = {
                             kind: {name: tensor.to(self.runtime.device) for name, tensor in by_layer.items()}
                             for kind, by_layer in tensors.items()
                         }
-                kinds[-1] |= read[store.checksum()]
+                kinds[-1] |= read[key]
         strategies = [find_strategy(name) for name in self.strategy_names]
         return {
             layer.name: Preconditioner(

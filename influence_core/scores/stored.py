@@ -32,7 +32,7 @@ def pairwise_score_store(
         "checkpoints": None if checkpoints is None else list(checkpoints),
     }
     if factor_stores is not None:
-        settings["factors"] = {stage: store.checksum() for stage, store in factor_stores.items()}
+        settings["factors"] = lambda: {stage: store.checksum() for stage, store in factor_stores.items()}
     return study.score_store(study.result_name(strategy_name), **settings)
 
 
