@@ -105,6 +105,22 @@ def test_a_pool_is_as_fast_as_its_workers():
     assert clock.now() == pytest.approx(2.0)
 
 
+@pytest.mark.parametrize(("beside", "waited"), [(1.0, 0.0), (5.0, 2.0)])
+def test_what_runs_beside_counts_where_it_is_waited_for(beside, waited):
+    """And what another thread does is no part of what this one records, to be replayed."""
+    clock = Clock()
+    with Threads(clock).installed(), futures.ThreadPoolExecutor(1) as pool:
+        with clock.during(stage="beside"):
+            future = pool.submit(clock.spend, beside, PLACE)
+        with clock.record() as events:
+            clock.spend(3.0, PLACE)
+        future.result()
+    assert clock.now() == clock.end == pytest.approx(3.0 + waited)
+    assert len(events) == 1
+    (of_other,) = clock.account["beside", ""].values()
+    assert (of_other.host, of_other.wall) == (beside, 0.0)
+
+
 SMALL = ["--num_train", "128", "--num_queries", "32", "--block_size", "64"]
 SMALL += ["--config_overrides", "n_layer=2,n_embd=192,n_head=6,vocab_size=1024"]
 

@@ -25,9 +25,12 @@ class Lane:
 
 @dataclass(eq=False)
 class Host(Lane):
-    """A thread, and the stream that it launches to."""
+    """A thread, the stream that it launches to, and under what its work counts."""
 
     stream: Lane = field(default_factory=Lane)
+    stage: str = "All else"
+    part: str = ""
+    records: list[list] = field(default_factory=list)  # what it does is written down there as well, see `record`
 
 
 @dataclass
@@ -39,7 +42,7 @@ class Spent:
     bytes: float = 0.0  # of the device's memory
     device: float = 0.0  # seconds
     host: float = 0.0
-    wall: float = 0.0  # by which the end of all work moved on
+    wall: float = 0.0  # by which the first thread, or what it launched, moved on
 
     def add(self, other: "Spent") -> None:
         self.calls += other.calls
@@ -54,12 +57,10 @@ class Clock:
     """All threads and streams, and the account of what they did: {(stage, part): {place: what was spent}}."""
 
     def __init__(self):
-        self.host = Host()  # the thread that runs now
+        self.host = self.first = Host()  # the thread that runs now; the one that all others work for
         self.streams = [self.host.stream]
         self.account: dict[tuple[str, str], dict[Place, Spent]] = {}
-        self.stage, self.part = "All else", ""
-        self.end = 0.0  # of all that was handed out
-        self.records: list[list] = []  # what is done is written down there as well, see `record`
+        self.end = 0.0  # of what the first thread did and launched
         self.give_way: Callable[[], None] = lambda: None  # to the thread that is behind the others
 
     def now(self) -> float:
@@ -83,7 +84,8 @@ class Clock:
     def wait_for(self, *lanes: Lane) -> None:
         """Until each of them is no longer busy."""
         self.host.time = max([self.host.time, *(lane.time for lane in lanes)])
-        self.end = max(self.end, self.host.time)
+        if self.host is self.first and self.host.time > self.end:
+            self._count(("", "waiting for threads and streams", ""), Spent(calls=1))
         self.give_way()
 
     def spend(self, seconds: float, place: Place) -> None:
@@ -100,22 +102,24 @@ class Clock:
     @contextmanager
     def during(self, stage: str | None = None, part: str | None = None) -> Iterator[None]:
         """Inside, what is spent counts there."""
-        before = self.stage, self.part
-        self.stage, self.part = stage or self.stage, part if part is not None else self.part
+        host = self.host
+        before = host.stage, host.part
+        host.stage, host.part = stage or host.stage, part if part is not None else host.part
         try:
             yield
         finally:
-            self.stage, self.part = before
+            host.stage, host.part = before
 
     @contextmanager
     def record(self) -> Iterator[list]:
         """Inside, what is done is written down, for `replay`."""
         events: list = []
-        self.records.append(events)
+        records = self.host.records
+        records.append(events)
         try:
             yield events
         finally:
-            self.records.pop()
+            records.pop()
 
     @staticmethod
     def replay(events: list) -> None:
@@ -124,10 +128,11 @@ class Clock:
             method(*arguments)
 
     def _note(self, method: Callable, *arguments) -> None:
-        for events in self.records:
+        for events in self.host.records:
             events.append((method, arguments))
 
     def _count(self, place: Place, spent: Spent) -> None:
-        end = max(self.end, self.host.time, self.host.stream.time)
-        spent.wall, self.end = end - self.end, end
-        self.account.setdefault((self.stage, self.part), {}).setdefault(place, Spent()).add(spent)
+        if self.host is self.first:
+            end = max(self.end, self.host.time, self.host.stream.time)
+            spent.wall, self.end = end - self.end, end
+        self.account.setdefault((self.host.stage, self.host.part), {}).setdefault(place, Spent()).add(spent)

@@ -172,12 +172,14 @@ class _Pool(concurrent.futures.Executor):
     def __init__(self, threads, max_workers=None, thread_name_prefix="", initializer=None, initargs=()):
         self.threads, self.max_workers = threads, max_workers or cards.NUM_CORES
         self.initializer, self.initargs = initializer, initargs
-        self.jobs: deque[tuple[float, _Future, Callable]] = deque()
+        self.jobs: deque[tuple[Host, _Future, Callable]] = deque()  # with what the thread that submitted it was at
         self.workers, self.busy, self.closed = [], 0, False
 
     def submit(self, function, /, *arguments, **keywords):
         future = _Future(self.threads)
-        self.jobs.append((self.threads.clock.now(), future, lambda: function(*arguments, **keywords)))
+        host = self.threads.clock.host
+        submitted = Host(host.time, stage=host.stage, part=host.part)
+        self.jobs.append((submitted, future, lambda: function(*arguments, **keywords)))
         if len(self.workers) < self.max_workers:
             self.workers.append(self.threads.start(self._work, lambda: bool(self.jobs) or self.closed))
         return future
@@ -196,7 +198,8 @@ class _Pool(concurrent.futures.Executor):
                 return
             submitted, future, job = self.jobs.popleft()
             self.busy += 1
-            clock.wait_for(Lane(submitted))
+            clock.host.stage, clock.host.part = submitted.stage, submitted.part
+            clock.wait_for(submitted)
             try:
                 future.set_result(job())
             except BaseException as error:
