@@ -107,7 +107,7 @@ def model_analysis(card: Card, precision: str, size: Size) -> tuple[Clock, Study
     """
     task, model = make_task(size)
     clock = Clock()
-    device = ModelledDevice(card, precision == "tf32", clock)
+    device = ModelledDevice(card, clock)
     with tempfile.TemporaryDirectory() as directory, modelled(device, card, model):
         runtime = Runtime.start(use_half_precision=precision == "bf16", use_tf32=precision == "tf32")
         model = model.to(runtime.device)
@@ -170,7 +170,7 @@ def pass_once_by_shapes(really, clock: Clock):
     once = once_by_shapes(really, clock, gives=True)
 
     def run(self, batch):
-        with clock.during(part=f"{clock.part}{': ' * bool(clock.part)}{PASSES}"):
+        with clock.during(part=f"{clock.host.part}{': ' * bool(clock.host.part)}{PASSES}"):
             return once(self, batch)
 
     return run
@@ -225,7 +225,7 @@ def _queries_apart(really, clock: Clock):
         label = arguments[-1]  # " (pass 1 of 2)"
         with clock.during(part=f"queries{label}"):
             result = really(self, *arguments)
-        clock.part = f"training set{label}"  # until the stage ends
+        clock.host.part = f"training set{label}"  # until the stage ends
         return result
 
     return of_queries

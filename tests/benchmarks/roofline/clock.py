@@ -25,9 +25,11 @@ class Lane:
 
 @dataclass(eq=False)
 class Host(Lane):
-    """A thread, and the stream that it launches to."""
+    """A thread, the stream that it launches to, and what it works at."""
 
     stream: Lane = field(default_factory=Lane)
+    stage: str = "All else"
+    part: str = ""
 
 
 @dataclass
@@ -57,9 +59,8 @@ class Clock:
         self.host = Host()  # the thread that runs now
         self.streams = [self.host.stream]
         self.account: dict[tuple[str, str], dict[Place, Spent]] = {}
-        self.stage, self.part = "All else", ""
         self.end = 0.0  # of all that was handed out
-        self.records: list[list] = []  # what is done is written down there as well, see `record`
+        self.records: list[tuple[Host, list]] = []  # what a thread does is written down there as well, see `record`
         self.give_way: Callable[[], None] = lambda: None  # to the thread that is behind the others
 
     def now(self) -> float:
@@ -100,18 +101,19 @@ class Clock:
     @contextmanager
     def during(self, stage: str | None = None, part: str | None = None) -> Iterator[None]:
         """Inside, what is spent counts there."""
-        before = self.stage, self.part
-        self.stage, self.part = stage or self.stage, part if part is not None else self.part
+        host = self.host
+        before = host.stage, host.part
+        host.stage, host.part = stage or host.stage, part if part is not None else host.part
         try:
             yield
         finally:
-            self.stage, self.part = before
+            host.stage, host.part = before
 
     @contextmanager
     def record(self) -> Iterator[list]:
-        """Inside, what is done is written down, for `replay`."""
+        """Inside, what this thread does is written down, for `replay`."""
         events: list = []
-        self.records.append(events)
+        self.records.append((self.host, events))
         try:
             yield events
         finally:
@@ -124,10 +126,11 @@ class Clock:
             method(*arguments)
 
     def _note(self, method: Callable, *arguments) -> None:
-        for events in self.records:
-            events.append((method, arguments))
+        for host, events in self.records:
+            if host is self.host:
+                events.append((method, arguments))
 
     def _count(self, place: Place, spent: Spent) -> None:
         end = max(self.end, self.host.time, self.host.stream.time)
         spent.wall, self.end = end - self.end, end
-        self.account.setdefault((self.stage, self.part), {}).setdefault(place, Spent()).add(spent)
+        self.account.setdefault((self.host.stage, self.host.part), {}).setdefault(place, Spent()).add(spent)
