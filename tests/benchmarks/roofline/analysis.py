@@ -107,7 +107,7 @@ def model_analysis(card: Card, precision: str, size: Size) -> tuple[Clock, Study
     """
     task, model = make_task(size)
     clock = Clock()
-    device = ModelledDevice(card, precision == "tf32", clock)
+    device = ModelledDevice(card, clock)
     with tempfile.TemporaryDirectory() as directory, modelled(device, card, model):
         runtime = Runtime.start(use_half_precision=precision == "bf16", use_tf32=precision == "tf32")
         model = model.to(runtime.device)
@@ -145,6 +145,7 @@ def modelled(device: ModelledDevice, card: Card, model: torch.nn.Module) -> Iter
         **dict.fromkeys(("memory_allocated", "memory_reserved"), lambda *_: in_use),
     }
     with ExitStack() as stack:
+        stack.callback(setattr, torch.backends.cuda.matmul, "allow_tf32", False)  # as it was
         stack.enter_context(pretended_cuda(device))
         stack.enter_context(patch.multiple(torch.cuda, **of_card))
         stack.enter_context(

@@ -32,8 +32,8 @@ WAITS = {"nonzero", "masked_select", "_linalg_eigh", "_unique2"}  # the host rea
 class ModelledDevice:
     """The handler of every operation: it makes the shapes of the result, and moves the clock."""
 
-    def __init__(self, card: Card, tf32: bool, clock: Clock):
-        self.card, self.tf32, self.clock = card, tf32, clock
+    def __init__(self, card: Card, clock: Clock):
+        self.card, self.clock = card, clock
         self.known: dict[tuple, tuple[Cost, list[_Result], bool]] = {}  # by operation and shapes, see `_meet`
 
     def __call__(self, func, args, kwargs):
@@ -57,7 +57,7 @@ class ModelledDevice:
             self.clock.spend(cards.NO_LAUNCH, (place(), "views", ""))
             result = _wrapped(_shapes(name, func, *call.metas(), target), call.tensors, kind)
         else:
-            key = (func, *call.key)
+            key = (func, torch.backends.cuda.matmul.allow_tf32, *call.key)
             if key not in self.known:
                 self.known[key] = self._meet(name, func, call, target)
             cost, results, is_several = self.known[key]
@@ -81,7 +81,7 @@ class ModelledDevice:
         made = list(result) if is_several else [result]
         inputs = _Call(args, kwargs).tensors
         outputs = [x for x in made if isinstance(x, torch.Tensor)]
-        cost = cost_of(name, func, args, kwargs, inputs, outputs, self.card, self.tf32)
+        cost = cost_of(name, func, args, kwargs, inputs, outputs, self.card, torch.backends.cuda.matmul.allow_tf32)
         return cost, [_Result(x, inputs) for x in made], is_several
 
     # -------------------------------------------------------------------------------------------------- what it costs

@@ -16,7 +16,7 @@ def model_evaluation(card: Card, precision: str, size: Size) -> Clock:
     """Evaluate both splits as experiments/training.py does: under "bf16", the model's own forward pass in autocast."""
     task, model = make_task(size)
     clock = Clock()
-    device = ModelledDevice(card, precision == "tf32", clock)
+    device = ModelledDevice(card, clock)
     with modelled(device, card, model):
         half = precision == "bf16"
         accelerator = OneDevice(torch.device("cuda:0"), half)

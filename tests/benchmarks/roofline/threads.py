@@ -55,7 +55,8 @@ class Threads:
 
     def start(self, run: Callable[[], None], is_ready: Callable[[], bool]) -> Host:
         """A thread that begins when it can."""
-        host = Host(self.clock.now(), self.clock.streams[0])
+        mine = self.clock.host
+        host = Host(mine.time, self.clock.streams[0], mine.stage, mine.part)
         self.turns[host], self.ready[host] = threading.Semaphore(0), is_ready
 
         def main():
