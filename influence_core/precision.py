@@ -5,8 +5,8 @@ TF32:     as float32, but all products of a GPU, those of covariances and rotati
           23 (--use_tf32; not on a CPU).
 bfloat16: operands of products (model, per-sample gradients, scores) rounded to bfloat16, products accumulated in
           float32; the residual stream, losses, covariances, eigenvectors, Lambda, preconditioning and scores stay
-          float32 (eigh in float64 always). The only products of float32 numbers, rotations of the queries' gradients
-          that are rounded to bfloat16 afterwards, are TF32's on a GPU that has it.
+          float32 (eigh in float64 always). Rotations of the queries' gradients, which are rounded to bfloat16
+          afterwards, are TF32's on a GPU.
 float64:  everything in float64, for tests.
 
 On a GPU the model runs under autocast. On a CPU (where most multiply bfloat16 hundreds of times slower than float32) it
@@ -87,6 +87,16 @@ class Precision:
                 yield
         finally:
             _ACTIVE.reset(token)
+
+    @contextlib.contextmanager
+    def rotations(self):
+        """The context for products of float32 numbers whose results are rounded to operands."""
+        matmul = torch.backends.cuda.matmul
+        before, matmul.allow_tf32 = matmul.allow_tf32, self.tf32 or (self.is_half and not self.emulated)
+        try:
+            yield
+        finally:
+            matmul.allow_tf32 = before
 
     def operand(self, x: Tensor) -> Tensor:
         """x as it enters a product."""

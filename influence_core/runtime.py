@@ -79,7 +79,7 @@ class Runtime:
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums are float32
         precision = Precision.choose(device, use_half_precision, use_tf32)
         if device.type == "cuda":
-            torch.backends.cuda.matmul.allow_tf32 = precision.tf32 or precision.is_half
+            torch.backends.cuda.matmul.allow_tf32 = precision.tf32
         if use_ddp:
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=LONGEST_WAIT)

@@ -279,8 +279,9 @@ class _PairwiseJob:
         """
 
         def store(rows: slice, of_rows: Iterator[Tensor]) -> None:
-            for number, matrices in enumerate(of_rows):  # one strategy's after the other's
-                layer.store(matrices, positions[rows], tuple(part[number] for part in into))
+            with self.runtime.precision.rotations():
+                for number, matrices in enumerate(of_rows):  # one strategy's after the other's
+                    layer.store(matrices, positions[rows], tuple(part[number] for part in into))
 
         dtype, device = self.runtime.precision.sum_dtype, self.runtime.device
         chunk = preconditioning_chunk(layer, dtype.itemsize, device.type)
