@@ -38,6 +38,13 @@ def compiled(model: nn.Module) -> Iterator[None]:
         model._compiled_call_impl = before
 
 
+def where_it_does_not_pay(device: torch.device) -> str | None:
+    """A line for people, before they wait for nothing."""
+    if device.type != "cpu":
+        return None
+    return "Note: --use_compile compiles for a minute or two on a CPU, and was seen to save nothing there"
+
+
 def what_was_compiled() -> str:
     """In this process, as a line for people."""
     count = torch._dynamo.utils.counters["stats"]["unique_graphs"]

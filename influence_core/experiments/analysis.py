@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from influence_core.analysis import analyze
 from influence_core.averaging import analyze_checkpoints
-from influence_core.compiled import what_was_compiled
+from influence_core.compiled import what_was_compiled, where_it_does_not_pay
 from influence_core.experiments.arguments import check_size, parse
 from influence_core.experiments.checkpoints import not_left_empty, require_checkpoint, require_same_data
 from influence_core.experiments.flags import LAST
@@ -51,6 +51,8 @@ def _analyze(task_class: type[ExampleTask], arguments) -> None:
             arguments.seed,
             bool(arguments.use_tf32),
         )
+        if runtime.compile and (note := where_it_does_not_pay(runtime.device)):
+            runtime.print(note)
         if not arguments.overwrite:
             _run(task_class, arguments, runtime)
             if runtime.is_main:

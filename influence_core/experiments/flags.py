@@ -97,7 +97,8 @@ def _add_analyze_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--factor_batch_size", type=int, help="the same of training examples, when fitting factors")
     parser.add_argument("--memory_budget_gb", type=float, help="memory to use at most (default: what is free)")
     parser.add_argument("--use_tf32", action="store_true", help="float32 products of a GPU in TF32: faster, less exact")
-    parser.add_argument("--use_compile", action="store_true", help="torch.compile the forward and backward pass")
+    parser.add_argument("--use_compile", action="store_true", help="torch.compile what the model does between its "
+                        "tracked layers: for long analyses on a GPU")  # fmt: skip
     parser.add_argument("--use_ddp", action="store_true", help="several processes; launch with torchrun")
     parser.add_argument("--progress_interval", type=float, metavar="SECONDS", help="between two notes of progress, "
                         "from which a killed run goes on")  # fmt: skip
