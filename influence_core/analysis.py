@@ -152,6 +152,7 @@ def probe_example(study: Study, dataset: Sequence[Any], loss: LossFunction, laye
         num_bytes=num_bytes,
         fixed_bytes=one.num_bytes - num_bytes,
         captured_bytes=int(one.captured_bytes * share_of_longest),
+        captured_by_layer={name: int(size * share_of_longest) for name, size in one.captured_by_layer.items()},
         forward_flops=one.forward_flops * share_of_longest,
         backward_flops=one.backward_flops * share_of_longest,
         positions={name: count * share_of_longest for name, count in one.positions.items()},

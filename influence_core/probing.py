@@ -1,12 +1,14 @@
 """What one batch takes, counted by running it: for the plan."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from influence_core.captured import has_gradient
 from influence_core.flops import FlopCount
+from influence_core.layers import TrackedLayer
 from influence_core.losses import IGNORED
 from influence_core.passes import GradientPass
 from influence_core.task import Batch
@@ -24,6 +26,12 @@ class Probe:
     positions: dict[str, float]  # rows * positions that each site of a layer sees
     active_positions: dict[str, float]  # of these, those that have a gradient
     num_gradients: int = 1  # of a layer, that can be made of it
+    captured_by_layer: dict[str, int] = field(default_factory=dict)  # of captured_bytes, each layer's
+
+    def captured_of(self, layers: Iterable[TrackedLayer]) -> int:
+        """Bytes that these layers capture."""
+        of_all = self.captured_by_layer
+        return sum(of_all[layer.name] for layer in layers) if of_all else self.captured_bytes
 
 
 def probe(run: GradientPass, batch: Batch) -> Probe:
@@ -54,9 +62,9 @@ def probe(run: GradientPass, batch: Batch) -> Probe:
             of_losses = sum(float((loss.targets != IGNORED).sum()) for loss in run.losses[id(weight)])
             positions[site], active[site] = (counts.get(site, 0) + of_losses for counts in (positions, active))
     storages.clear()
-    captured = run.capture(batch, gradients).values()
-    captured_bytes = sum(x.nbytes for each in captured for x in each.tensors)
-    num_gradients = max(map(len, captured))
+    captured = run.capture(batch, gradients)
+    by_layer = {name: sum(x.nbytes for x in each.tensors) for name, each in captured.items()}
+    num_gradients = max(map(len, captured.values()))
     run.forget()
-    backward_flops = counter.total - forward_flops
-    return Probe(num_bytes, 0, captured_bytes, forward_flops, backward_flops, positions, active, num_gradients)
+    flops = forward_flops, counter.total - forward_flops
+    return Probe(num_bytes, 0, sum(by_layer.values()), *flops, positions, active, num_gradients, by_layer)

@@ -84,7 +84,7 @@ def pass_peaks(group: list[TrackedLayer], work: Work, tile_size: int, scored_at_
     train = (
         work.train_batch_size * work.train.num_bytes
         + work.train.fixed_bytes
-        + (scored_at_once - work.train_batch_size) * work.train.captured_bytes
+        + (scored_at_once - work.train_batch_size) * work.train.captured_of(group)
         + train_buffer * work.product_bytes
     )
     return {

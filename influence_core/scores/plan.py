@@ -90,12 +90,13 @@ def _score_many_at_once(plan: Plan, work: Work, budget: int) -> Plan:
     """Hold several training batches until they are scored together, where that takes little beside the rest."""
     batch, tile_size = work.train_batch_size, len(plan.query_tiles[0])
     highest = max(plan.peak_bytes.values())  # of all stages
+    captured = max(map(work.train.captured_of, plan.layer_groups))
     for at_once in range(SCORED_AT_ONCE[work.device_type] // batch * batch, batch, -batch):
         peak = max(pass_peaks(group, work, tile_size, at_once)["training pass"] for group in plan.layer_groups)
-        takes_little = peak <= highest or (at_once - batch) * work.train.captured_bytes <= plan.resident_bytes / 2
+        takes_little = peak <= highest or (at_once - batch) * captured <= plan.resident_bytes / 2
         if peak <= budget and takes_little:
             peaks = {**plan.peak_bytes, "training pass": peak}
-            held_bytes = at_once * work.train.captured_bytes
+            held_bytes = at_once * captured
             return replace(plan, scored_at_once=at_once, held_bytes=held_bytes, peak_bytes=peaks)
     return plan
 
