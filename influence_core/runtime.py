@@ -55,7 +55,7 @@ class Runtime:
         """
         if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
             # Batches of many lengths leave holes that none of the next ones fits into, unless segments can grow.
-            os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+            os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
         launch = Launch.here()
         if use_ddp and launch == Launch() and "RANK" not in os.environ:
             raise UserError(
