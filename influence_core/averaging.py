@@ -54,7 +54,8 @@ def analyze_checkpoints(
         study.planned_memory = max(study.planned_memory or 0, one.planned_memory or 0)
         del one  # its model, before the next one's is loaded
         release_cached_memory()
-    return {name: _mean(study, store, parts[name]) for name, store in stores.items()}
+    with study.writer:
+        return {name: _mean(study, store, parts[name]) for name, store in stores.items()}
 
 
 def _mean(study: Study, store: StageStore, parts: Mapping[str, StageStore]) -> Tensor:

@@ -3,7 +3,8 @@
 The hooks of the tracked layers are no part of what is compiled, so that it ends at each of them: a norm, an activation,
 a residual sum and attention are fused, while the layers' own products run as they do without torch.compile, where
 nothing is to be gained by it. What is compiled knows no pass, then, and blocks that are alike share it: every pass of
-an analysis uses it, for any length and batch size (its shapes are symbolic). Hashing and sampling of labels stay out.
+an analysis uses it, for any length and batch size (its shapes are symbolic). Hashing and sampling of labels stay out;
+the check of the contract and the plan's probes run without, so that the plan's memory is that of the plain model.
 """
 
 from collections.abc import Callable, Iterator
@@ -49,6 +50,9 @@ def what_was_compiled() -> str:
     """In this process, as a line for people."""
     count = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     if not count:
-        return "Note: nothing was compiled: all is done by tracked layers, or the losses never call the model itself"
+        return (
+            "Note: nothing was compiled: all was stored, or is done by tracked layers alone, or the losses never call "
+            "the model itself"
+        )
     seconds = torch._dynamo.utils.calculate_time_spent()["total_wall_time"]
     return f"torch.compile made {count} graphs in {seconds:.0f} s, once for all passes and lengths"

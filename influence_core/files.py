@@ -36,22 +36,28 @@ class Damaged(Exception):
     """A file is not what was written; says how that is known."""
 
 
-def write_whole(path: Path, write: Callable[[str], Any]) -> None:
+def write_whole(path: Path, write: Callable[[str], Any], apart: bool = False) -> None:
     """`write(temporary)`, fsync, rename: a reader meets the old file or the new one, never a part.
 
+    Args:
+        apart: in a directory of its own, for a library that puts temporaries of its own beside what it writes.
     Raises:
         UserError: the file can't be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(PART, f".{path.name}.", path.parent)
-        os.close(descriptor)
+        if apart:
+            leftover = tempfile.mkdtemp(PART, f".{path.name}.", path.parent)
+            temporary = os.path.join(leftover, path.name)
+        else:
+            descriptor, leftover = tempfile.mkstemp(PART, f".{path.name}.", path.parent)
+            os.close(descriptor)
+            temporary = leftover
         try:
             write(temporary)
             _place(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        finally:
+            _remove(Path(leftover))
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
         raise UserError(f"{path} can't be written: {getattr(error, 'strerror', None) or first_line(error)}") from None
 
@@ -65,8 +71,8 @@ def _place(temporary: str | Path, path: Path) -> None:
 
 def as_user_wants(path: str | Path) -> None:
     """Give a file the permissions that the user's umask says."""
-    umask = os.umask(0o077)
-    os.umask(umask)
+    with open("/proc/self/status") as status:  # to ask the system would change it, for all threads
+        umask = next(int(line.split()[1], 8) for line in status if line.startswith("Umask"))
     os.chmod(path, 0o666 & ~umask)
 
 
@@ -76,11 +82,16 @@ def remove_leftovers(directory: Path, name: str = "") -> None:
     Only for who holds the directory's lock, or the file's: what a living process writes looks the same.
     """
     for path in Path(directory).glob(f".{name}*{PART}"):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """A file or a directory with all in it, as far as that can be done."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def refuse_link(path: Path) -> None:
@@ -102,7 +113,7 @@ def require_writable(directory: Path) -> None:
 def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> None:
     """Write a .safetensors file, whole or not at all."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
+    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata), apart=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -66,11 +66,6 @@ class StageStore:
     def settings(self) -> dict[str, Any]:
         return _known(self._settings)
 
-    @property
-    def is_at_hand(self) -> bool:
-        """Whether the next `load` gives what was just saved, which may be on its way to the disk."""
-        return self._at_hand is not None
-
     def add_settings(self, **settings) -> None:
         """Those that are known by now."""
         self._settings |= settings

@@ -202,7 +202,7 @@ class Study:
 
         Args:
             twins: stores that may hold the very same result under another name; a finished one is taken over.
-        Every process leaves together, so that the next stage finds the files.
+        Every process leaves together; where there are several, the files are there by then.
         """
         if self.runtime.is_main:
             if self.overwrite and not store.is_own():

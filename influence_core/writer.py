@@ -30,9 +30,9 @@ class Writer:
 
     def wait(self, path: Path) -> None:
         """Until the path is there, if it is to come; raises what the job raised."""
-        if path in self.pending:
-            self.pending[path].result()
-            del self.pending[path]
+        if (future := self.pending.get(path)) is not None:
+            future.result()
+            self.pending.pop(path, None)  # a job may wait for an earlier one's, too
 
     def __enter__(self) -> "Writer":
         return self

@@ -33,9 +33,9 @@ def test_layers_that_read_the_same_input_share_its_decomposition(tmp_path, monke
     """Of 6 covariances 5 are decomposed; each layer has its eigenvectors, and they recompose its covariance."""
     decomposed = []
 
-    def counting(covariance):
+    def counting(covariance, device):
         decomposed.append(covariance)
-        return fit_one(covariance)
+        return fit_one(covariance, device)
 
     fit_one = fit.eigendecomposition
     monkeypatch.setattr(fit, "eigendecomposition", counting)

@@ -2,14 +2,18 @@
 
 import threading
 import time
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from influence_core import storage
+from influence_core.averaging import analyze_checkpoints
 from influence_core.errors import UserError
 from influence_core.factors import fit
+from influence_core.factors import strategies as factors
+from influence_core.scores.stored import SCORES
 from influence_core.storage import StageStore
 from influence_core.writer import Writer
 from tests.studies import STRATEGIES, make_study, score
@@ -88,6 +92,26 @@ def test_a_failure_is_said_and_what_was_finished_stays(tmp_path, monkeypatch, fa
         assert store.load(), manifest
     resumed = score(study_with(tmp_path / "one", True), ["ekfac"])["ekfac"]
     assert torch.equal(resumed, score(study_with(tmp_path / "two", False), ["ekfac"])["ekfac"])
+
+
+def test_means_over_checkpoints_are_on_the_disk_when_the_call_returns(tmp_path, slow_disk):
+    study = study_with(tmp_path / "all", True)
+    checkpoints = {name: partial(study_with, tmp_path / "all" / name, True) for name in ("one", "two")}
+    queries = study.task.load_dataset("validation")
+    means = analyze_checkpoints(study, checkpoints, ["identity", "ekfac"], queries)
+    for strategy, mean in means.items():
+        stored = load_file(tmp_path / "all" / f"scores_{strategy}" / "pairwise_scores.safetensors")
+        assert torch.equal(stored[SCORES], mean)
+        assert (tmp_path / "all" / f"scores_{strategy}" / "pairwise_scores.json").exists()
+
+
+@pytest.mark.parametrize("strategies", [["kfac", "ekfac"], ["ekfac", "kfac"]], ids="-".join)
+def test_strategies_share_their_eigenvectors_whichever_comes_first(tmp_path, monkeypatch, strategies):
+    made = []
+    basis = factors.Eigenbasis
+    monkeypatch.setattr(factors, "Eigenbasis", lambda *arguments: made.append(1) or basis(*arguments))
+    score(study_with(tmp_path, True), strategies)
+    assert len(made) == 3  # one a layer
 
 
 def test_an_error_elsewhere_is_the_one_that_is_raised(tmp_path):

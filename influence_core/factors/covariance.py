@@ -49,15 +49,16 @@ class _Chosen:
     """
 
     def __init__(self):
-        self.known: list[tuple[tuple[Tensor, ...], Tensor]] = []  # the last ones
+        self.known: list[tuple[tuple[Tensor, ...], list[int], Tensor]] = []  # the last ones: masks, versions, index
 
     def index(self, masks: tuple[Tensor, ...]) -> Tensor:
         """Of the positions that all of them choose; each [rows, positions] bool."""
-        for known, index in self.known:
-            if len(known) == len(masks) and all(map(operator.is_, known, masks)):
+        versions = [mask._version for mask in masks]  # a task may write into the same mask again
+        for known, at, index in self.known:
+            if at == versions and len(known) == len(masks) and all(map(operator.is_, known, masks)):
                 return index
         index = torch.stack(masks).all(0).flatten().nonzero().squeeze(1)
-        self.known = [*self.known[-7:], (masks, index)]
+        self.known = [*self.known[-7:], (masks, versions, index)]
         return index
 
     def rows(self, x: Tensor, *masks: Tensor | None) -> Tensor:

@@ -1,7 +1,8 @@
 """Stage 2: the eigendecomposition of each covariance: C = Q diag(w) Q^T, one eigenvector a column.
 
 Most of it has no parallelism to give a whole device something to do: several at a time take little longer than one. A
-CPU gives each a part of its threads; a GPU works at several streams, while its host decomposes others.
+CPU gives each a part of its threads; a GPU works at several streams, while its host decomposes others. Which of the two
+takes a matrix is a matter of time, and signs of eigenvectors differ between them: on a GPU two runs agree to rounding.
 """
 
 import itertools
@@ -19,30 +20,33 @@ from influence_core.memory import is_out_of_memory
 from influence_core.runtime import Runtime
 
 WIDE = 2048  # from this size on a decomposition uses several threads well; smaller ones go side by side
-STREAMS = 4  # of a GPU, with a decomposition each
+STREAMS = 4  # of a GPU, with a decomposition each, at most
+STREAMS_BYTES = 4 << 30  # that they may take together, where one alone takes less
+MATRICES = 5  # of float64 that a decomposition holds
 
 Job = TypeVar("Job")
 Decomposition = tuple[Tensor, Tensor]  # eigenvalues [d], eigenvectors [d, d]
 
 
-def eigendecomposition(covariance: Tensor) -> Decomposition:
+def eigendecomposition(covariance: Tensor, device: torch.device | None = None) -> Decomposition:
     """Eigenvalues (ascending, negative rounding noise set to 0) and eigenvectors of a covariance.
 
     Args:
         covariance: [d, d], symmetric positive semi-definite.
+        device: that does it, by default the covariance's; the CPU where it finds no memory or does not converge.
     Returns:
         [d] and [d, d], in the dtype of the covariance; computed in float64. Cost: about 9 d^3 FLOPs.
     Raises:
         torch.linalg.LinAlgError: it does not converge, on the device nor on the CPU.
     """
+    device, found = device or covariance.device, None
     try:
-        eigenvalues, eigenvectors = torch.linalg.eigh(covariance.double())
+        found = torch.linalg.eigh(covariance.to(device).double())
     except RuntimeError as error:  # a GPU's library gives up on matrices that LAPACK takes
         does_not_converge = isinstance(error, torch.linalg.LinAlgError)
-        if covariance.device.type == "cpu" or not (does_not_converge or is_out_of_memory(error)):
+        if device.type == "cpu" or not (does_not_converge or is_out_of_memory(error)):
             raise
-        found = torch.linalg.eigh(covariance.double().cpu())
-        eigenvalues, eigenvectors = (x.to(covariance.device) for x in found)
+    eigenvalues, eigenvectors = found or torch.linalg.eigh(covariance.cpu().double())
     # Contiguous: eigh returns its eigenvectors by columns, and a broadcast sends memory as it lies.
     return eigenvalues.clamp_(min=0).to(covariance.dtype), eigenvectors.to(covariance.dtype).contiguous()
 
@@ -50,7 +54,7 @@ def eigendecomposition(covariance: Tensor) -> Decomposition:
 def num_at_once(size: int, device_type: str, num_workers: int) -> int:
     """Decompositions of that size that the device holds at once."""
     if device_type == "cuda":
-        return STREAMS
+        return max(1, min(STREAMS, STREAMS_BYTES // (MATRICES * 8 * size**2)))
     return 1 if size >= WIDE else num_workers
 
 
@@ -97,6 +101,11 @@ class Share:
             self.left = self.left[1:] if who == "device" else self.left[:-1]
             return job
 
+    def stop(self) -> None:
+        """Deal out no more."""
+        with self.lock:
+            self.left = range(0)
+
     def _host_is_worth_it(self) -> bool:
         size, of_device = self.sizes[self.left[-1]], self.work["device"]
         if not self.host_seconds or not of_device:
@@ -114,6 +123,7 @@ def _on_streams(jobs, sizes, decompose, runtime: Runtime) -> Iterator[tuple[Job,
     share, of_thread = Share(sizes), threading.local()
 
     def make_stream() -> None:
+        torch.cuda.set_device(runtime.device)  # a new thread is at the first one
         of_thread.stream = torch.cuda.Stream(runtime.device)
 
     def one(who: str) -> tuple[Job, Decomposition] | None:
@@ -130,7 +140,10 @@ def _on_streams(jobs, sizes, decompose, runtime: Runtime) -> Iterator[tuple[Job,
         share.done(who, number, share.clock() - start)
         return jobs[number], found
 
-    with ThreadPoolExecutor(STREAMS, initializer=make_stream) as device, ThreadPoolExecutor(1) as host:
+    # torch loads its library at the first call, and fails where several threads make it at once.
+    torch.linalg.eigh(torch.eye(2, dtype=torch.float64, device=runtime.device))
+    num_streams = num_at_once(max(sizes, default=1), "cuda", 1)
+    with ThreadPoolExecutor(num_streams, initializer=make_stream) as device, ThreadPoolExecutor(1) as host:
         futures = [pool.submit(one, who) for who, pool in (("device", device), ("host", host)) for _ in jobs]
         try:
             for future in as_completed(futures):
@@ -141,4 +154,4 @@ def _on_streams(jobs, sizes, decompose, runtime: Runtime) -> Iterator[tuple[Job,
                     tensor.record_stream(torch.cuda.current_stream(runtime.device))
                 yield result[0], here
         finally:
-            share.left = range(0)
+            share.stop()

@@ -1,4 +1,4 @@
-"""Fit the factors of a strategy, stage by stage; each stage finds its inputs on disk and leaves its result there."""
+"""Fit the factors of a strategy, stage by stage; each leaves its result on disk, or at hand for the next as well."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -109,9 +109,8 @@ def _perform_eigendecomposition(study: Study, store: StageStore, covariance_stor
         mine = [job for job in jobs[runtime.rank :: runtime.world_size] if _named("eigenvalues", job) not in done]
 
         def decompose(job: Job, device: torch.device) -> Decomposition:
-            covariance = covariances[f"{job[0]}_covariance"].pop(job[1]).to(device)
             try:
-                return eigendecomposition(covariance)
+                return eigendecomposition(covariances[f"{job[0]}_covariance"].pop(job[1]), device)
             except torch.linalg.LinAlgError as error:
                 raise UserError(
                     f"the {job[0]} covariance of layer {job[1]} has no eigendecomposition ({error}): leave "

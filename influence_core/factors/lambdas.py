@@ -21,6 +21,8 @@ from influence_core.precision import Precision
 # the same pages again (beyond 32 MiB it takes fresh ones each time, which costs as much as the product).
 BUFFER_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}
 
+SMALL = 1 << 15  # numbers of a gradient, below which a loop over examples costs more than it saves
+
 PostProcess = Callable[[str, Tensor], Tensor]
 
 
@@ -89,6 +91,9 @@ class LambdaSums:
     @staticmethod
     def _add_squares(total: Tensor, gradients: Tensor) -> None:
         gradients = gradients[..., : total.shape[1]]
+        if total.numel() < SMALL:
+            total += gradients.square().sum(0)
+            return
         if gradients.is_cuda and len(gradients) > 1:  # reads them once: the sum of squares is a kernel of its own
             gradients = torch.linalg.vector_norm(gradients, dim=0, keepdim=True)
         for gradient in gradients:

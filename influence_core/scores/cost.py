@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from influence_core.factors.eigendecomposition import num_at_once
+from influence_core.factors.eigendecomposition import MATRICES, num_at_once
 from influence_core.factors.lambdas import lambda_chunk
 from influence_core.layers import TrackedLayer
 from influence_core.losses import CHUNK_BYTES
@@ -86,6 +86,7 @@ def pass_peaks(group: list[TrackedLayer], work: Work, tile_size: int, scored_at_
         + work.train.fixed_bytes
         + (scored_at_once - work.train_batch_size) * work.train.captured_of(group)
         + train_buffer * work.product_bytes
+        + 2 * work.num_rows * scored_at_once * work.sum_bytes  # scores of these examples, and a product to add
     )
     return {
         "query gradients": resident + scores + factors + query + logits + scratch + whole[0],
@@ -128,7 +129,7 @@ def fit_peaks(layers: list[TrackedLayer], work: Work) -> dict[str, int]:
         peaks["covariance"] = squares + batch
         widths = [size for layer in kronecker for size in layer.shape]
         at_once = [size**2 * num_at_once(size, work.device_type, work.num_workers) for size in widths]
-        peaks["eigendecomposition"] = squares + 5 * 8 * max(at_once)
+        peaks["eigendecomposition"] = squares + MATRICES * 8 * max(at_once)
     with_lambda = [layer for layer in layers if work.num_lambdas(layer)]
     if with_lambda:
         lambda_matrices = sum(layer.num_parameters for layer in with_lambda) * work.sum_bytes

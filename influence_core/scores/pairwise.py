@@ -158,7 +158,8 @@ class _PairwiseJob:
                 store = self.factor_stores[strategy_name].get(stage)
                 if store is None:
                     continue
-                key = id(store) if store.is_at_hand else store.checksum()
+                # A Lambda is a strategy's own, and may be on its way to the disk still.
+                key = id(store) if stage == "lambda" else store.checksum()
                 if key not in read:
                     with self.study.profiler(action):
                         tensors = store.load(names)
