@@ -230,10 +230,10 @@ def test_an_input_that_is_no_number_is_refused(tmp_path):
 
 
 def test_an_eigendecomposition_that_fails_names_its_layer(tmp_path, monkeypatch):
-    def fail(covariance):
+    def fail(covariance, device):
         if len(covariance) == 6:  # of second's inputs, with the bias's one
             raise torch.linalg.LinAlgError("the algorithm failed to converge")
-        return eigendecomposition(covariance)
+        return eigendecomposition(covariance, device)
 
     eigendecomposition = fit.eigendecomposition
     monkeypatch.setattr(fit, "eigendecomposition", fail)

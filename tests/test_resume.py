@@ -110,11 +110,11 @@ def test_a_stopped_eigendecomposition_goes_on_where_it_was(tmp_path, monkeypatch
     """Six matrices, each decomposed once by the two runs together."""
     decomposed = []
 
-    def eigendecomposition(covariance):
+    def eigendecomposition(covariance, device):
         if len(decomposed) == stop_after and not started_again:
             raise Stopped
         decomposed.append(len(covariance))
-        return plain(covariance)
+        return plain(covariance, device)
 
     plain = fit.eigendecomposition
     monkeypatch.setattr(fit, "eigendecomposition", eigendecomposition)
