@@ -27,6 +27,6 @@ def model_evaluation(card: Card, precision: str, size: Size) -> Clock:
         with patch.object(LanguageModelTask, "evaluation_values", once):
             beginning(clock)
             for split in ("train", "validation"):
-                with clock.during(stage=f"Evaluate {split}"):
+                with clock.during(stage=f"Evaluate {split}"), accelerator.autocast():
                     evaluate(task, model, task.load_dataset(split), size.eval_batch_size, accelerator)
     return clock
