@@ -82,6 +82,7 @@ class GradientPass:
         self.training = [module.training for module in self.model.modules()]
         self.exact: list[tuple[Tensor, Tensor]] = []  # (a parameter or buffer, what it held)
         self.handles = []
+        aside = uncompiled if self.compile else lambda hook: hook  # which calls that are not compiled need not pay for
         self.model.requires_grad_(False).eval()
         if self.precision.is_half:  # 16-bit weights of any kind, in the one that the pass computes in
             for tensor in itertools.chain(self.model.parameters(), self.model.buffers()):
@@ -90,14 +91,14 @@ class GradientPass:
         if self.precision.emulated:
             for module in self._products():
                 self._swap(module.weight, self.precision.operand(module.weight.data))
-                self.handles.append(module.register_forward_pre_hook(uncompiled(self._round_input), with_kwargs=True))
+                self.handles.append(module.register_forward_pre_hook(aside(self._round_input), with_kwargs=True))
         hooks = {site: self._hook(layer, site) for layer in self.layers for site in layer.sites}
         for site, module in ((site, module) for layer in self.all_layers for site, module in layer.sites.items()):
             if hook := hooks.get(site) or (self.compile and _nothing):
-                self.handles.append(module.register_forward_hook(uncompiled(hook), with_kwargs=True))
+                self.handles.append(module.register_forward_hook(aside(hook), with_kwargs=True))
         if self.precision.emulated:  # after the hooks above: so that the output's gradient is rounded as well
             for module in self._products():
-                self.handles.append(module.register_forward_hook(uncompiled(self._round_output)))
+                self.handles.append(module.register_forward_hook(aside(self._round_output)))
         return self
 
     def __exit__(self, *exception) -> None:
