@@ -1,6 +1,6 @@
-"""From a study to scores, in one call: plan, factors, pairwise scores."""
+"""From a study to scores, in one call: plan, factors, pairwise scores; and from scores to what they are made of."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from influence_core.batches import make_batch
 from influence_core.check import check_contract
 from influence_core.errors import UserError
-from influence_core.factors.fit import fit_factors, refuse_foreign_factors
+from influence_core.factors.fit import factor_stores, fit_factors, refuse_foreign_factors
 from influence_core.factors.kept import KeptCaptures
 from influence_core.factors.strategies import Damping, damping_scale, find_strategy
 from influence_core.files import require_writable
@@ -20,8 +20,17 @@ from influence_core.probing import Probe, probe
 from influence_core.scores.batch_sizes import fit_batch_sizes
 from influence_core.scores.cost import Work
 from influence_core.scores.pairwise import compute_pairwise_scores
+from influence_core.scores.parts import (
+    Pair,
+    ScoreParts,
+    compute_score_parts,
+    drop_parts_of_others,
+    load_score_parts,
+    parts_store,
+)
 from influence_core.scores.plan import Plan, make_plan, plan_flops
 from influence_core.scores.plan_text import describe_plan
+from influence_core.scores.self_influence import compute_self_influence, self_influence_store
 from influence_core.scores.stored import pairwise_score_store
 from influence_core.study import Study
 
@@ -35,6 +44,7 @@ def analyze(
     train_batch_size: int = 64,
     factor_batch_size: int = 64,
     memory_budget: int | None = None,
+    self_influence: bool = False,
 ) -> dict[str, Tensor]:
     """Fit what the strategies need and score every query against every training example.
 
@@ -42,6 +52,7 @@ def analyze(
         query_batch_size, train_batch_size, factor_batch_size: examples in one forward and backward pass, at most;
             they change memory and time, not results, and are lowered where memory is short.
         memory_budget: bytes that the process may use in all; by default 90 % of what is free, and what it has.
+        self_influence: also store each training example's own score, see scores/self_influence.py.
     Returns:
         {strategy: [queries, training examples] float32, on the CPU}; also stored, see `Study.score_store`.
     Raises:
@@ -53,7 +64,7 @@ def analyze(
     for name, dataset in (("training set", study.train_dataset), ("set of queries", query_dataset)):
         if not len(dataset):
             raise UserError(f"the {name} is empty")
-    refuse_foreign_results(study, strategy_names, query_dataset, damping)
+    refuse_foreign_results(study, strategy_names, query_dataset, damping, self_influence)
     if not is_finished(study, strategy_names, query_dataset, damping):  # those can be read where nothing can be written
         require_writable(study.output_dir)
     fits_factors = any(strategy.needs_lambda or strategy.in_eigenbasis for strategy in strategies)
@@ -91,20 +102,73 @@ def analyze(
     with study.writer:
         stores = {each.name: fit_factors(study, each.name, work.factor_batch_size, kept) for each in in_order}
         kept.clear()
-        factor_stores = {name: stores[name] for name in strategy_names}
-        return compute_pairwise_scores(
-            study, factor_stores, query_dataset, plan, damping, work.query_batch_size, work.train_batch_size
+        of_strategies = {name: stores[name] for name in strategy_names}
+        scores = compute_pairwise_scores(
+            study, of_strategies, query_dataset, plan, damping, work.query_batch_size, work.train_batch_size
         )
+        if self_influence:
+            compute_self_influence(study, of_strategies, damping, work.train_batch_size, plan.layer_groups)
+        return scores
+
+
+def explain(
+    study: Study,
+    pairs: Mapping[str, Sequence[Pair]],
+    query_dataset: Sequence[Any],
+    damping: Damping = 1e-8,
+    by_token: bool = True,
+    query_batch_size: int = 32,
+    train_batch_size: int = 64,
+    memory_budget: int | None = None,
+) -> dict[str, ScoreParts]:
+    """What the scores of some pairs are made of, by layer and (with `by_token`) by token; after `analyze`.
+
+    Args:
+        pairs: {strategy: (query, training example) of each}, see `shown_pairs`.
+    Returns:
+        {strategy: its parts}, also stored beside the scores.
+    Raises:
+        UserError: the scores are not stored; the task does not tell its tokens.
+    """
+    parts: dict[str, ScoreParts] = {}
+    for name, of_strategy in pairs.items():
+        factors = factor_stores(study, name)
+        scores = pairwise_score_store(study, name, query_dataset, damping, factors)
+        for stored in (*factors.values(), scores):
+            if stored.manifest() is None:
+                raise UserError(
+                    f"there is no {stored.manifest_path}, by which scores would be explained: analyze first"
+                )
+        store = parts_store(study, scores, of_strategy, by_token)
+        if study.runtime.is_main:
+            drop_parts_of_others(store)
+        with study.stage(store) as todo:
+            if todo:
+                _, budget = available_memory(study, memory_budget)
+                sizes = query_batch_size, train_batch_size
+                made = compute_score_parts(
+                    study, name, factors, query_dataset, of_strategy, damping, *sizes, budget, by_token
+                )
+                if study.runtime.is_main:
+                    store.save({store.stage: made.tensors()}, {"layers": made.layers})
+        parts[name] = load_score_parts(store)
+    return parts
 
 
 def refuse_foreign_results(
-    study: Study, strategy_names: Sequence[str], query_dataset: Sequence[Any], damping: Damping
+    study: Study,
+    strategy_names: Sequence[str],
+    query_dataset: Sequence[Any],
+    damping: Damping,
+    self_influence: bool = False,
 ) -> None:
     """Raise UserError, before the work rather than after it, for stored results that were made otherwise."""
     if not study.overwrite:
         for name in strategy_names:
             refuse_foreign_factors(study, name)
             pairwise_score_store(study, name, query_dataset, damping).manifest()
+            if self_influence:
+                self_influence_store(study, name, damping).manifest()
 
 
 def is_finished(study: Study, strategy_names: Sequence[str], query_dataset: Sequence[Any], damping: Damping) -> bool:

@@ -10,9 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from influence_core.analysis import analyze, refuse_foreign_results
+from influence_core.analysis import analyze, explain, refuse_foreign_results
 from influence_core.factors.strategies import Damping
 from influence_core.memory import release_cached_memory
+from influence_core.scores.parts import Pair, ScoreParts, drop_parts_of_others, load_score_parts, parts_store
+from influence_core.scores.self_influence import STAGE as SELF_INFLUENCE
+from influence_core.scores.self_influence import self_influence_store
 from influence_core.scores.stored import SCORES, pairwise_score_store
 from influence_core.storage import StageStore
 from influence_core.study import Study
@@ -42,31 +45,74 @@ def analyze_checkpoints(
     if not study.overwrite:
         for store in stores.values():
             store.manifest()
+    with_self = bool(options.get("self_influence"))
     for make in checkpoints.values():
-        refuse_foreign_results(make(), strategy_names, query_dataset, damping)
-    parts: dict[str, dict[str, StageStore]] = {name: {} for name in strategy_names}
+        refuse_foreign_results(make(), strategy_names, query_dataset, damping, with_self)
+    of_self = {
+        name: self_influence_store(study, name, damping, checkpoints=names) for name in strategy_names * with_self
+    }
+    parts: dict[StageStore, dict[str, StageStore]] = {store: {} for store in (*stores.values(), *of_self.values())}
     for number, (checkpoint, make) in enumerate(checkpoints.items()):
         runtime.print(f"Checkpoint {checkpoint}, {number + 1} of {len(names)}: each has factors and scores of its own")
         one = make()
         analyze(one, strategy_names, query_dataset, damping, **options)
         for name in strategy_names:
-            parts[name][checkpoint] = pairwise_score_store(one, name, query_dataset, damping)
+            parts[stores[name]][checkpoint] = pairwise_score_store(one, name, query_dataset, damping)
+            if with_self:
+                parts[of_self[name]][checkpoint] = self_influence_store(one, name, damping)
         study.planned_memory = max(study.planned_memory or 0, one.planned_memory or 0)
         del one  # its model, before the next one's is loaded
         release_cached_memory()
     with study.writer:
-        return {name: _mean(study, store, parts[name]) for name, store in stores.items()}
+        for store in of_self.values():
+            _mean(study, store, parts[store], SELF_INFLUENCE)
+        return {name: _mean(study, store, parts[store], "pairwise_scores") for name, store in stores.items()}
 
 
-def _mean(study: Study, store: StageStore, parts: Mapping[str, StageStore]) -> Tensor:
-    """Of the parts' scores, [queries, training examples] on the CPU; stored, or read where it is stored."""
+def explain_checkpoints(
+    study: Study,
+    checkpoints: Mapping[str, Callable[[], Study]],
+    pairs: Mapping[str, Sequence[Pair]],
+    query_dataset: Sequence[Any],
+    damping: Damping = 1e-8,
+    by_token: bool = True,
+    **options: Any,
+) -> dict[str, ScoreParts]:
+    """As `explain`, of the mean over these checkpoints: the mean of the parts; after `analyze_checkpoints`."""
+    names = list(checkpoints)
+    stores = {}
+    for name, of_strategy in pairs.items():
+        scores = pairwise_score_store(study, name, query_dataset, damping, checkpoints=names)
+        stores[name] = parts_store(study, scores, of_strategy, by_token)
+    todo = {}
+    for name, store in stores.items():
+        if study.runtime.is_main:
+            drop_parts_of_others(store)
+        with study.stage(store) as unfinished:
+            if unfinished:
+                todo[name] = pairs[name]
+    if todo:
+        of_checkpoints = []
+        for make in checkpoints.values():
+            of_checkpoints.append(explain(make(), todo, query_dataset, damping, by_token, **options))
+            release_cached_memory()
+        for name in todo:
+            mean = ScoreParts.mean([parts[name] for parts in of_checkpoints])
+            if study.runtime.is_main:
+                stores[name].save({stores[name].stage: mean.tensors()}, {"layers": mean.layers})
+        study.runtime.barrier()
+    return {name: load_score_parts(store) for name, store in stores.items()}
+
+
+def _mean(study: Study, store: StageStore, parts: Mapping[str, StageStore], stem: str) -> Tensor:
+    """Of the parts' scores, on the CPU; stored, or read where it is stored."""
     store.add_settings(scores={name: part.checksum() for name, part in parts.items()})
     with study.stage(store) as todo:
         if todo and study.runtime.is_main:
-            scores = [part.load()["pairwise_scores"][SCORES] for part in parts.values()]
+            scores = [part.load()[stem][SCORES] for part in parts.values()]
             mean = (sum(matrix.double() for matrix in scores) / len(scores)).to(scores[0].dtype)
             with study.profiler("Save Pairwise Score"):
                 counts = next(iter(parts.values())).manifest()["counts"] | {"num_checkpoints": len(parts)}
-                store.save({"pairwise_scores": {SCORES: mean}}, counts)
+                store.save({stem: {SCORES: mean}}, counts)
     with study.profiler("Load Pairwise Score"):
-        return store.load()["pairwise_scores"][SCORES]
+        return store.load()[stem][SCORES]

@@ -40,6 +40,11 @@ class Layout:
     as_in_pass: Callable[[], AbstractContextManager] = nullcontext  # inside, modules compute as they did in the pass
 
 
+# How the positions of a row lie end to end, for each call of a module: (positions along the input's own axis of them,
+# how many it split each into). Empty: not known, as where some positions were picked.
+Spans = tuple[tuple[int, int], ...]
+
+
 class Captured(ABC):
     """What one layer saw of one batch: enough for every factor and every per-sample gradient."""
 
@@ -93,13 +98,14 @@ class Positions(Captured):
     mask: Tensor | None = None  # [rows, positions] bool, true at real positions; None: all are real
     active: Tensor | None = None  # [rows, positions] bool, true where there is a gradient; None: nearly everywhere
     max_active: int = 0  # at most so many are true in a row
+    spans: Spans = ()
 
     def __len__(self):
         return len(self.activations)
 
     def __getitem__(self, rows):
         mask, active = (None if x is None else x[rows] for x in (self.mask, self.active))
-        return Positions(self.activations[rows], self.output_gradients[rows], mask, active, self.max_active)
+        return Positions(self.activations[rows], self.output_gradients[rows], mask, active, self.max_active, self.spans)
 
     def to(self, dtype):
         return replace(self, activations=self.activations.to(dtype), output_gradients=self.output_gradients.to(dtype))
@@ -149,20 +155,23 @@ def lay_out(name: str, calls: Calls, mask: Tensor | None, layout: Layout) -> Pos
         num_rows = len(first) if mask is None else len(mask)
         if num_rows % num_examples:
             raise _wrong_rows(name, first, num_examples, rows_per_example)
-    activations, gradients, masks = [], [], []
+    activations, gradients, masks, spans = [], [], [], []
     for seen, gradient in zip(calls.inputs, calls.output_gradients):
         is_flattened = seen.dim() == 2 and len(seen) % num_rows == 0 and len(seen) // num_rows in layout.position_counts
         if not (is_flattened or len(seen) == num_rows) or seen.shape[:-1] != gradient.shape[:-1]:
             raise _wrong_rows(name, seen, num_examples, rows_per_example)
         activations.append(seen.reshape(num_rows, -1, seen.shape[-1]))
         gradients.append(gradient.reshape(num_rows, -1, gradient.shape[-1]))
+        num_positions = activations[-1].shape[1]
+        axis = seen.shape[1] if seen.dim() > 3 else num_positions
+        spans.append((axis, num_positions // max(axis, 1)))
         if mask is not None:
             masks.append(_fit_mask(name, mask, seen, activations[-1].shape[:2]))
     parts = [activations, gradients, masks] if mask is not None else [activations, gradients]
     laid_out = [each[0] if len(each) == 1 else torch.cat(each, dim=1) for each in parts]
     if rows_per_example not in (None, 1):
         laid_out = [x.reshape(num_examples, -1, *x.shape[2:]) for x in laid_out]
-    return Positions(*laid_out)
+    return Positions(*laid_out, spans=tuple(spans))
 
 
 def position_counts(inputs: Iterable[Tensor], batch: Mapping[str, Tensor]) -> set[int]:

@@ -118,6 +118,28 @@ def add_head_gradient(loss: HeadLoss, head: Head, out: Tensor) -> None:
         head.precision.add_matmul(out, gradient.t(), seen * loss.scale.to(seen.dtype))
 
 
+def head_products(loss: HeadLoss, head: Head, directions: Tensor) -> Tensor:
+    """[directions, t]: what each position of an example adds to <d loss / d weight, direction>.
+
+    Args:
+        loss: of hidden states [t, d].
+        directions: [directions, v, d], in the dtype of the products.
+    Cost: 2 t d v FLOPs, and as many for each direction.
+    """
+    products = directions.new_zeros(len(directions), len(loss.hidden))
+    if loss.scale is None:
+        return products
+    carrying = _carrying(loss.targets)
+    hidden, targets = loss.hidden.index_select(0, carrying), loss.targets.index_select(0, carrying)
+    for rows, buffer in head.chunks(len(hidden)):
+        seen = head.precision.operand(hidden[rows])
+        probabilities = _softmax(head.logits(seen, buffer), buffer)
+        gradient = head.logit_gradient(probabilities, targets[rows, None])[:, : directions.shape[1]]
+        seen = (seen * loss.scale.to(seen.dtype)).to(directions.dtype)
+        products[:, carrying[rows]] = ((gradient.to(directions.dtype) @ directions) * seen).sum(-1)
+    return products
+
+
 def _carrying(labels: Tensor, ignore_index: int = IGNORED) -> Tensor:
     """Flat indices of the positions that carry loss; made once a batch, as it waits for a GPU."""
     return (labels != ignore_index).flatten().nonzero().squeeze(1)

@@ -19,6 +19,7 @@ ACTIONS = (
     "Save Pairwise Score",
     "Load Pairwise Score",
 )
+OPTIONAL = ("Compute Self-Influence", "Compute Score Parts", "Write Report")  # in the table where they ran
 
 
 class Profiler:
@@ -26,7 +27,7 @@ class Profiler:
 
     def __init__(self, runtime: Runtime | None = None):
         self.runtime = runtime or Runtime()
-        self.durations: dict[str, list[float]] = {action: [] for action in ACTIONS}
+        self.durations: dict[str, list[float]] = {action: [] for action in (*ACTIONS, *OPTIONAL)}
 
     @contextmanager
     def __call__(self, action: str):
@@ -48,6 +49,8 @@ class Profiler:
         rows = [("Action", "Mean duration (s)", "Num calls", "Total time (s)", "Percentage %")]
         rows.append(("Total", "-", str(sum(map(len, self.durations.values()))), f"{whole:.4g}", "100"))
         for action, durations in self.durations.items():
+            if action in OPTIONAL and not durations:
+                continue
             total = sum(durations)
             mean = f"{total / len(durations):.4g}" if durations else "-"
             share = f"{100 * total / whole:.1f}" if whole else "0"

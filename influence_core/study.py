@@ -96,11 +96,11 @@ class Study:
         settings = {**self.settings, **fisher, **settings}
         return StageStore(self.output_dir / f"factors_{name}", stage, settings, self.made_by, self.writer)
 
-    def score_store(self, name: str, **settings) -> StageStore:
-        """Where pairwise scores lie."""
+    def score_store(self, name: str, stage: str = "pairwise_scores", **settings) -> StageStore:
+        """Where scores lie."""
         suffix = f"_{self.scores_suffix}" if self.scores_suffix else ""
         directory = self.output_dir / f"scores_{name}{suffix}"
-        return StageStore(directory, "pairwise_scores", {**self.settings, **settings}, self.made_by, self.writer)
+        return StageStore(directory, stage, {**self.settings, **settings}, self.made_by, self.writer)
 
     def fisher_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The loss whose gradients make the Fisher: labels sampled, or the data's own."""

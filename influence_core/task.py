@@ -55,7 +55,7 @@ A Hugging Face model of a usual kind says most of this itself: see influence_cor
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -112,6 +112,21 @@ class InfluenceTask(ABC):
         A layer that sees [rows * positions, features] is unfolded, so its mask is as any other's.
         """
         return None
+
+    def token_rows(self, example: Any) -> Mapping[str, Sequence[Sequence[int]]]:
+        """{stream: the token ids of each of the example's rows}, for scores by token; by default none are known."""
+        return {}
+
+    def token_mask(self, batch: Batch, stream: str) -> Tensor | None:
+        """[rows, positions] of a stream, true at its tokens; None: they come first in each row."""
+        return None
+
+    def token_stream(self, site: str, call: int) -> str | None:
+        """Whose positions a module saw when it was called (0, 1, …) in a forward pass; None: those of no stream.
+
+        By default those of the only stream.
+        """
+        return ""
 
     def post_process_per_sample_gradient(self, layer_name: str, gradient: Tensor) -> Tensor:
         """[rows, out, in(+1)] -> [examples, out, in(+1)], for tasks where several rows make one example.

@@ -134,3 +134,39 @@ def sampled_label(logits, u):
         if cumulative > u:
             return category
     return len(logits) - 1
+
+
+def position_gradients(model, site, loss):
+    """What comes through each position of a module: its parameters' gradients, were there others at each position.
+
+    Returns:
+        for each call of the module, {name of the parameter: [positions, *its shape]}.
+    """
+    module, calls = model.get_submodule(site), []
+    is_inside = False
+
+    def hook(module, arguments, keywords, output):
+        nonlocal is_inside
+        if is_inside:
+            return output
+        is_inside = True
+        (seen,) = (*arguments, *keywords.values())
+        has_positions = seen.dim() > 2 or not seen.is_floating_point()
+        seen = seen if has_positions else seen.unsqueeze(1)  # one a row
+        own = {
+            key: torch.stack([value.detach()] * seen.shape[1]).requires_grad_()
+            for key, value in module.named_parameters()
+        }
+        parts = [
+            functional_call(module, {key: copies[p] for key, copies in own.items()}, (seen[:, p : p + 1],))
+            for p in range(seen.shape[1])
+        ]
+        is_inside = False
+        calls.append(own)
+        return torch.cat(parts, dim=1) if has_positions else parts[0].squeeze(1)
+
+    handle = module.register_forward_hook(hook, with_kwargs=True)
+    loss(model).backward()
+    handle.remove()
+    model.zero_grad()
+    return [{key: torch.zeros_like(x) if x.grad is None else x.grad for key, x in own.items()} for own in calls]

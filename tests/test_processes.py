@@ -13,14 +13,17 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from influence_core import analysis
+from influence_core.analysis import explain
 from influence_core.batches import order_examples
 from influence_core.files import require_writable
 from influence_core.runtime import Runtime
 from influence_core.scores import cost
 from influence_core.scores import plan as planning
+from influence_core.scores.parts import shown_pairs
 from tests.studies import STRATEGIES, make_study, recomposed_factors, score
-from tests.test_exactness import FLOAT64, SEED, relative_error
+from tests.test_exactness import DAMPING, FLOAT64, SEED, relative_error
 from tests.test_resume import Stopped, StoppingTask, contents
+from tests.test_score_parts import Told
 
 # (training examples, queries): 40 among 3 processes is uneven; then fewer training examples, or queries, than
 # processes, so that some process has none of the one or of the other.
@@ -84,6 +87,31 @@ def test_several_processes_give_what_one_gives(tmp_path, single, world_size):
             for strategy in STRATEGIES:
                 error = relative_error(scores[case][strategy], single[1][case][strategy])
                 assert error < 1e-10, (case, rank, strategy)
+
+
+def looked_into(directory, runtime):
+    """(self-influence of all strategies, the parts of some scores), of several numbers of examples and queries."""
+    found = []
+    for number, (num_train, num_queries) in enumerate(CASES.values()):
+        study = make_study(directory / str(number), Told(), num_train=num_train, runtime=runtime)
+        scores = score(study, num_queries=num_queries, self_influence=True)
+        pairs = {name: shown_pairs(matrix, 3, 2) for name, matrix in scores.items()}
+        parts = explain(study, pairs, study.task.load_dataset("validation")[:num_queries], DAMPING)
+        for name in STRATEGIES:
+            found.append(study.score_store(name, "self_influence").load()["self_influence"]["all_modules"])
+            found += [parts[name].by_layer, *parts[name].train_tokens, *parts[name].query_tokens]
+    return found
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_what_scores_are_made_of_and_self_influence(tmp_path, world_size):
+    (tmp_path / "one").mkdir()
+    expected = looked_into(tmp_path / "one", Runtime(precision=FLOAT64, seed=SEED))
+    for returned in run_processes(looked_into, world_size, tmp_path):
+        assert len(returned) == len(expected)
+        largest = max(float(x.abs().max()) for x in expected)
+        for actual, one in zip(returned, expected):
+            assert (actual - one).abs().max() < 1e-10 * largest
 
 
 def stopped_and_started_again(directory, runtime):

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from influence_core.analysis import analyze
-from influence_core.averaging import analyze_checkpoints
+from influence_core.analysis import analyze, explain
+from influence_core.averaging import analyze_checkpoints, explain_checkpoints
 from influence_core.compiled import what_was_compiled, where_it_does_not_pay
 from influence_core.experiments.arguments import check_size, parse
 from influence_core.experiments.checkpoints import not_left_empty, require_checkpoint, require_same_data
@@ -22,6 +22,9 @@ from influence_core.files import remove_leftovers
 from influence_core.locks import only_writer
 from influence_core.profiler import Profiler
 from influence_core.runtime import Runtime
+from influence_core.scores.parts import shown_pairs
+from influence_core.scores.self_influence import STAGE as SELF_INFLUENCE
+from influence_core.scores.stored import SCORES
 from influence_core.study import Study
 from influence_core.tasks.adapters import is_adapter
 from influence_core.tasks.example import ExampleTask, is_main_process
@@ -30,6 +33,7 @@ from influence_core.units import gigabytes
 
 TOP = 5  # sequences that the topic figure looks at
 SHOWN_CHARACTERS = 1200  # of a sequence
+SHOWN_EACH = 10  # highest and lowest training examples of a query whose scores are looked into
 
 
 def main(task_class: type[ExampleTask], description: str, argv: list[str] | None = None) -> None:
@@ -106,10 +110,17 @@ def _run(task_class: type[ExampleTask], arguments, runtime: Runtime, made_by: st
         "factor_batch_size": _batch_size(arguments, "factor_batch_size", num_train, runtime),
         "memory_budget": None if arguments.memory_budget_gb is None else int(arguments.memory_budget_gb * 1e9),
     }
+    each = {name: partial(study_of_step, name) for name in several}
+    of_self = bool(arguments.self_influence)
     if is_last:
-        scores = analyze(study, **what)
+        scores = analyze(study, **what, self_influence=of_self)
     else:
-        scores = analyze_checkpoints(study, {name: partial(study_of_step, name) for name in several}, **what)
+        scores = analyze_checkpoints(study, each, **what, self_influence=of_self)
+    if arguments.compute_per_token_scores or arguments.compute_per_layer_scores:
+        pairs = {name: shown_pairs(matrix, arguments.report_queries, SHOWN_EACH) for name, matrix in scores.items()}
+        options = {"pairs": pairs, "by_token": bool(arguments.compute_per_token_scores)}
+        options |= {key: value for key, value in what.items() if key not in ("strategy_names", "factor_batch_size")}
+        explain(study, **options) if is_last else explain_checkpoints(study, each, **options)
     runtime.print(f"\n{study.profiler.table()}\n")
     if runtime.compile:
         runtime.print(f"{what_was_compiled()}\n")
@@ -117,6 +128,8 @@ def _run(task_class: type[ExampleTask], arguments, runtime: Runtime, made_by: st
     runtime.print(f"Peak memory {peak} (planned {planned})\n")
     if runtime.is_main:
         _report(task, study, scores, query_dataset, arguments.show_queries)
+        if of_self:
+            print(describe_self_influence(task, study, list(scores)))
 
 
 def load_datasets(task: ExampleTask, arguments) -> tuple[Sequence[Any], Sequence[Any]]:
@@ -175,6 +188,20 @@ def _indent(text: str) -> str:
         text = text[:SHOWN_CHARACTERS] + " […]"
     lines = (textwrap.wrap(line, 112, drop_whitespace=False) or [""] for line in text.splitlines())
     return "\n".join(f"  | {part}" for wrapped in lines for part in wrapped)
+
+
+def describe_self_influence(task, study, strategies: Sequence[str]) -> str:
+    """The training examples with the highest scores of their own."""
+    lines = []
+    for name in strategies:
+        store = study.score_store(study.result_name(name), SELF_INFLUENCE)
+        values, indices = store.load()[SELF_INFLUENCE][SCORES].topk(min(TOP, len(study.train_dataset)))
+        found = (
+            f"{index}{_whence(task, 'train', index, study.train_dataset[index])} {value:.4g}"
+            for value, index in zip(values.tolist(), indices.tolist())
+        )
+        lines.append(f"Highest self-influence ({name}): {', '.join(found)}")
+    return "\n".join(lines)
 
 
 def describe_topics(task, scores: dict[str, Tensor], query_dataset, train_dataset) -> str:

@@ -40,6 +40,7 @@ COMMON_DEFAULTS = {
     "factor_batch_size": 64,
     "progress_interval": 60.0,
     "show_queries": 1,
+    "report_queries": 50,
     "num_masks": 100,
     "num_repeats.evaluate_lds": 5,
     "num_repeats.run_counterfactual": 3,

@@ -102,6 +102,13 @@ def _add_analyze_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--use_ddp", action="store_true", help="several processes; launch with torchrun")
     parser.add_argument("--progress_interval", type=float, metavar="SECONDS", help="between two notes of progress, "
                         "from which a killed run goes on")  # fmt: skip
+    parser.add_argument("--compute_per_token_scores", action="store_true", help="also split the scores of the first "
+                        "--report_queries queries with their highest and lowest examples over the tokens of both, and "
+                        "over the layers")  # fmt: skip
+    parser.add_argument("--compute_per_layer_scores", action="store_true", help="the same over the layers alone")
+    parser.add_argument("--report_queries", type=int, help="queries whose scores are looked into")
+    parser.add_argument("--self_influence", action="store_true", help="also each training example's own score, "
+                        "which is high for what is mislabelled or odd")  # fmt: skip
     parser.add_argument("--show_queries", type=int, help="show so many queries with their most influential sequence")
 
 

@@ -41,32 +41,40 @@ def fit_factors(
     Returns:
         {stage: store}, for those of covariance, eigendecomposition and lambda that the strategy has.
     """
-    strategy = find_strategy(strategy_name)
-    name = study.result_name(strategy_name)
-    stores: dict[str, StageStore] = {}
+    strategy, stores = find_strategy(strategy_name), factor_stores(study, strategy_name)
     kept = kept or KeptCaptures()
 
-    def twins(stage: str, **settings) -> list[StageStore]:
-        """The same stage of the other strategies that work in the eigenbasis: kfac's is ekfac's."""
+    def unfinished(stage: str):
+        """Kfac's covariances and their eigenvectors are ekfac's."""
         others = (other for other in STRATEGIES.values() if other.in_eigenbasis and other is not strategy)
-        return [study.factor_store(study.result_name(other.name), stage, **settings) for other in others]
+        twins = [factor_stores(study, other.name)[stage] for other in others] if stage != "lambda" else []
+        return study.stage(stores[stage], twins)
 
-    if any(strategy.of(layer).in_eigenbasis for layer in study.layers):
-        stores["covariance"] = study.factor_store(name, "covariance")
-        with study.stage(stores["covariance"], twins("covariance")) as todo:
+    if "covariance" in stores:
+        with unfinished("covariance") as todo:
             if todo:
                 _fit_covariance(study, stores["covariance"], batch_size, kept)
-        made_from = {"covariance": stores["covariance"].checksum}  # known when it is written
-        stores["eigendecomposition"] = study.factor_store(name, "eigendecomposition", **made_from)
-        with study.stage(stores["eigendecomposition"], twins("eigendecomposition", **made_from)) as todo:
+        with unfinished("eigendecomposition") as todo:
             if todo:
                 _perform_eigendecomposition(study, stores["eigendecomposition"], stores["covariance"])
+    if "lambda" in stores:
+        with unfinished("lambda") as todo:
+            if todo:
+                _fit_lambda(study, strategy, stores["lambda"], stores.get("eigendecomposition"), batch_size, kept)
+    return stores
+
+
+def factor_stores(study: Study, strategy_name: str) -> dict[str, StageStore]:
+    """{stage: where it lies, fitted or not}, of the stages that the strategy has."""
+    strategy, name = find_strategy(strategy_name), study.result_name(strategy_name)
+    stores: dict[str, StageStore] = {}
+    if any(strategy.of(layer).in_eigenbasis for layer in study.layers):
+        stores["covariance"] = study.factor_store(name, "covariance")
+        made_from = {"covariance": stores["covariance"].checksum}  # known when it is written
+        stores["eigendecomposition"] = study.factor_store(name, "eigendecomposition", **made_from)
     if any(strategy.of(layer).needs_lambda for layer in study.layers):
         basis = stores["eigendecomposition"].checksum if "eigendecomposition" in stores else "identity"
         stores["lambda"] = study.factor_store(name, "lambda", basis=basis)
-        with study.stage(stores["lambda"]) as todo:
-            if todo:
-                _fit_lambda(study, strategy, stores["lambda"], stores.get("eigendecomposition"), batch_size, kept)
     return stores
 
 

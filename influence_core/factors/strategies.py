@@ -188,12 +188,35 @@ class Preconditioner:
         gradients = gradients.to(self.dtype)
         return self._apply(lambda: gradients, lambda basis: basis.rotate(gradients))
 
-    def _apply(self, plain: Callable[[], Tensor], rotated: Callable[[Eigenbasis], Tensor]) -> Iterator[Tensor]:
-        """Both arguments make the gradients when they are first needed; the second, in an eigenbasis."""
+    def self_products(self, captured: Captured) -> Iterator[Tensor]:
+        """g^T (F + damping)^-1 g for each strategy in turn, [n] each; nothing has to be rotated back."""
+        captured = captured.to(self.dtype)
+        return self._squares(
+            lambda: self.layer.matrix_gradients(captured), lambda basis: basis.rotated_gradients(captured)
+        )
+
+    def self_products_of(self, gradients: Tensor) -> Iterator[Tensor]:
+        """As `self_products`, of gradients [n, out, in(+1)] that are at hand."""
+        gradients = gradients.to(self.dtype)
+        return self._squares(lambda: gradients, lambda basis: basis.rotate(gradients))
+
+    def _apply(self, *make: Callable) -> Iterator[Tensor]:
+        for basis, gradients, inverse in self._in_bases(*make):
+            gradients = gradients if inverse is None else gradients * inverse
+            yield gradients if basis is None else basis.rotate_back(gradients)
+
+    def _squares(self, *make: Callable) -> Iterator[Tensor]:
+        for _, gradients, inverse in self._in_bases(*make):
+            divided = gradients if inverse is None else gradients * inverse
+            yield (divided * gradients).sum((1, 2))
+
+    def _in_bases(
+        self, plain: Callable[[], Tensor], rotated: Callable[[Eigenbasis], Tensor]
+    ) -> Iterator[tuple[Eigenbasis | None, Tensor, Tensor | None]]:
+        """(basis, gradients in it, damped inverse) for each strategy; the arguments make gradients where needed."""
         made: dict[int, Tensor] = {}
         for basis, inverse in zip(self.bases, self.inverses):
             key = id(basis)
             if key not in made:
                 made[key] = plain() if basis is None else rotated(basis)
-            gradients = made[key] if inverse is None else made[key] * inverse
-            yield gradients if basis is None else basis.rotate_back(gradients)
+            yield basis, made[key], inverse

@@ -16,7 +16,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from influence_core.captured import Calls, Captured, Layout
+from influence_core.captured import Calls, Captured, Layout, Spans
+
+
+@dataclass(frozen=True)
+class SiteProducts:
+    """What each position of one example, at one site, adds to the products of its gradient with some directions."""
+
+    site: str
+    products: Tensor  # [directions, positions]
+    spans: Spans = ()  # how the positions lie; empty: one call
+
 
 Parts = tuple[Tensor, ...]  # gradients flattened, [examples, numbers]: of the weight; of the bias, where there is one
 
@@ -75,6 +85,15 @@ class TrackedLayer(ABC):
     @abstractmethod
     def parameter_gradient(self, parameter: nn.Parameter, captured: Captured) -> Tensor:
         """What the calls of all examples together add to a parameter's gradient, in its own layout."""
+
+    @abstractmethod
+    def products_by_position(self, captured: Captured, directions: Tensor) -> list[SiteProducts]:
+        """<gradient, direction> of one example, split by where each part of the gradient comes from.
+
+        Args:
+            captured: of one example, all its positions.
+            directions: [directions, out, in(+1)], in the dtype of the products.
+        """
 
     @abstractmethod
     def gradient_flops(self, positions: Mapping[str, float]) -> float:

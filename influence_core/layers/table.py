@@ -14,35 +14,46 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from influence_core.captured import Calls, Captured, Layout, Positions, lay_out
+from influence_core.captured import Calls, Captured, Layout, Positions, Spans, lay_out
 from influence_core.errors import UserError
-from influence_core.layers.kind import TrackedLayer
-from influence_core.losses import Head, HeadLoss, add_head_gradient
+from influence_core.layers.kind import SiteProducts, TrackedLayer
+from influence_core.layers.matrix import products_with_matrices
+from influence_core.losses import Head, HeadLoss, add_head_gradient, head_products
 from influence_core.precision import active_precision
+
+
+@dataclass
+class Lookups:
+    """Of one embedding."""
+
+    site: str
+    ids: Tensor  # [n, t] numbers of rows
+    gradients: Tensor  # [n, t, d] of what was looked up
+    spans: Spans
 
 
 @dataclass
 class Rows(Captured):
     """What the sites of a table saw: each list is of several calls."""
 
-    lookups: list[tuple[Tensor, Tensor]]  # ([n, t] numbers of rows, [n, t, d] gradients of what was looked up)
+    lookups: list[Lookups]
     logits: list[Positions]  # of heads whose logits were held
     losses: list[HeadLoss]  # of those whose logits were not: hidden [n, t, d], targets [n, t]
 
     def __len__(self):
-        each = [ids for ids, _ in self.lookups] + self.logits + [loss.targets for loss in self.losses]
+        each = [lookups.ids for lookups in self.lookups] + self.logits + [loss.targets for loss in self.losses]
         return len(each[0])
 
     def __getitem__(self, rows):
         return Rows(
-            [(ids[rows], gradients[rows]) for ids, gradients in self.lookups],
+            [replace(x, ids=x.ids[rows], gradients=x.gradients[rows]) for x in self.lookups],
             [positions[rows] for positions in self.logits],
             [replace(loss, hidden=loss.hidden[rows], targets=loss.targets[rows]) for loss in self.losses],
         )
 
     def to(self, dtype):
         return Rows(
-            [(ids, gradients.to(dtype)) for ids, gradients in self.lookups],
+            [replace(x, gradients=x.gradients.to(dtype)) for x in self.lookups],
             [positions.to(dtype) for positions in self.logits],
             [replace(loss, hidden=loss.hidden.to(dtype)) for loss in self.losses],
         )
@@ -53,12 +64,14 @@ class Rows(Captured):
 
     @property
     def gradients(self):
-        held = [gradients for _, gradients in self.lookups] + [positions.output_gradients for positions in self.logits]
+        held = [lookups.gradients for lookups in self.lookups] + [
+            positions.output_gradients for positions in self.logits
+        ]
         return held + [loss.weights() for loss in self.losses]
 
     @property
     def tensors(self):
-        return [*super().tensors, *(ids for ids, _ in self.lookups), *(loss.targets for loss in self.losses)]
+        return [*super().tensors, *(lookups.ids for lookups in self.lookups), *(loss.targets for loss in self.losses)]
 
 
 @dataclass(frozen=True)
@@ -125,14 +138,13 @@ class TableLayer(TrackedLayer):
         for site, of_module in calls.items():
             losses += [_laid_out(self.name, loss, layout) for loss in of_module.losses]
             if site in self.embeddings:
-                padding = self.embeddings[site].padding_idx
-                lookups.append(self._lookups(of_module, layout, padding))
+                lookups.append(self._lookups(site, of_module, layout))
             elif _is_used(of_module):
                 logits.append(lay_out(self.name, of_module.to(layout.operand), None, layout))
         return Rows(lookups, logits, losses)
 
-    def _lookups(self, calls: Calls, layout: Layout, padding: int | None) -> tuple[Tensor, Tensor]:
-        numbers, gradients = [], []
+    def _lookups(self, site: str, calls: Calls, layout: Layout) -> Lookups:
+        numbers, gradients, padding = [], [], self.embeddings[site].padding_idx
         for ids, gradient in zip(calls.inputs, calls.output_gradients):
             if ids.is_floating_point():
                 ids, gradient = self._found(ids[..., 0]), gradient * ids[..., 1:].to(gradient.dtype)
@@ -142,7 +154,7 @@ class TableLayer(TrackedLayer):
         ids, gradients = laid_out.activations.squeeze(-1), laid_out.output_gradients
         if padding is not None:  # torch gives that row no gradient
             gradients = gradients.masked_fill((ids == padding).unsqueeze(-1), 0)
-        return ids, gradients
+        return Lookups(site, ids, gradients, laid_out.spans)
 
     def _found(self, numbers: Tensor) -> Tensor:
         """The numbers of rows that an embedding told of, see `_asked`."""
@@ -178,13 +190,28 @@ class TableLayer(TrackedLayer):
                 bias += gradients.sum(0, dtype=bias.dtype)
         for loss, head in zip(one.losses, heads):
             add_head_gradient(replace(loss, hidden=loss.hidden[0], targets=loss.targets[0]), head, weight)
-        for (ids,), (gradients,) in one.lookups:
-            weight.index_add_(0, ids, gradients.to(weight.dtype))
+        for lookups in one.lookups:
+            weight.index_add_(0, lookups.ids[0], lookups.gradients[0].to(weight.dtype))
 
     def parameter_gradient(self, parameter, captured: Rows):
         part = 0 if parameter is self.parameters[0] else 1
         each = (self.gradient_parts(captured[row : row + 1])[part] for row in range(len(captured)))
         return sum(each).view(parameter.shape)
+
+    def products_by_position(self, captured: Rows, directions):
+        """Cost: of a head 2 t d v FLOPs a direction, and as many for its logits."""
+        products, (head,) = [], self.heads or ("",)
+        for positions in captured.logits:
+            products.append(products_with_matrices(head, positions, directions))
+        for loss in captured.losses:
+            one = replace(loss, hidden=loss.hidden[0], targets=loss.targets[0])
+            of_weight = Head(self.parameters[0].detach(), loss.precision)
+            products.append(SiteProducts(head, head_products(one, of_weight, directions[..., : self.in_features])))
+        for lookups in captured.lookups:
+            rows = directions[:, lookups.ids[0], : self.in_features]
+            sums = (rows * lookups.gradients[0].to(directions.dtype)).sum(-1)
+            products.append(SiteProducts(lookups.site, sums, lookups.spans))
+        return products
 
     def gradient_flops(self, positions):
         of_heads = sum(positions.get(site, 0) for site in self.heads)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from influence_core.captured import Calls, Positions, lay_out
 from influence_core.errors import UserError
-from influence_core.layers.kind import TrackedLayer
+from influence_core.layers.kind import SiteProducts, TrackedLayer
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,13 @@ class VectorLayer(TrackedLayer):
 
     def parameter_gradient(self, parameter, captured: Positions):
         return self.gradient_parts(captured)[0 if parameter is self.module.weight else 1].sum(0)
+
+    def products_by_position(self, captured: Positions, directions):
+        gradients, multiplied = (x[0].to(directions.dtype) for x in captured.tensors[::-1])
+        products = directions[..., 0] @ (gradients * multiplied).t()
+        if self.has_bias:
+            products = products + directions[..., 1] @ gradients.t()
+        return [SiteProducts(self.name, products, captured.spans)]
 
     def gradient_flops(self, positions):
         return 3 * positions[self.name] * self.out_features

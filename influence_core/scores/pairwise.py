@@ -19,8 +19,8 @@ from torch import Tensor
 
 from influence_core.batches import order_examples, share, shares
 from influence_core.captured import Captured, captured_bytes
-from influence_core.factors.strategies import Damping, Preconditioner, find_strategy
-from influence_core.files import Tensors
+from influence_core.factors.preconditioners import load_preconditioners
+from influence_core.factors.strategies import Damping, Preconditioner
 from influence_core.layers import Parts, TrackedLayer
 from influence_core.memory import in_halves, slices
 from influence_core.scores.cost import preconditioning_chunk
@@ -122,7 +122,9 @@ class _PairwiseJob:
             if done_here == len(order) and runtime.world_size == 1:
                 continue
             label = f" (pass {number + 1} of {len(passes)})" if len(passes) > 1 else ""
-            preconditioners = self._load_preconditioners(group)
+            preconditioners = load_preconditioners(
+                self.study, self.factor_stores, self.strategy_names, group, self.damping
+            )
             with self.study.profiler("Compute Pairwise Score"):
                 resident = self._preconditioned_queries(group, tile, preconditioners, label)
                 del preconditioners
@@ -146,45 +148,6 @@ class _PairwiseJob:
                     f"Note: every score of {name} is zero: a loss that small is below the number format's range"
                 )
         return self.scores.cpu()
-
-    def _load_preconditioners(self, group: list[TrackedLayer]) -> dict[str, Preconditioner]:
-        """By layer. A file that several strategies have in common (by its checksum) is read once."""
-        names = {layer.name for layer in group}
-        read: dict[str | int, dict[str, Tensors]] = {}
-        kinds: list[dict[str, Tensors]] = []  # for each strategy: {kind: {layer: tensor}}
-        for strategy_name in self.strategy_names:
-            kinds.append({})
-            for stage, action in (("eigendecomposition", "Load Eigendecomposition"), ("lambda", "Load Lambda")):
-                store = self.factor_stores[strategy_name].get(stage)
-                if store is None:
-                    continue
-                # A Lambda is a strategy's own, and may be on its way to the disk still.
-                key = id(store) if stage == "lambda" else store.checksum()
-                if key not in read:
-                    with self.study.profiler(action):
-                        tensors = store.load(names)
-                        read[key] = {
-                            kind: {name: tensor.to(self.runtime.device) for name, tensor in by_layer.items()}
-                            for kind, by_layer in tensors.items()
-                        }
-                kinds[-1] |= read[key]
-        strategies = [find_strategy(name) for name in self.strategy_names]
-        return {
-            layer.name: Preconditioner(
-                layer,
-                [
-                    (
-                        strategy,
-                        {kind: by_layer[layer.name] for kind, by_layer in factors.items() if layer.name in by_layer},
-                    )
-                    for strategy, factors in zip(strategies, kinds)
-                ],
-                self.damping,
-                self.runtime.precision.sum_dtype,
-                layer.name in self.study.live,
-            )
-            for layer in group
-        }
 
     def _preconditioned_queries(
         self, group: list[TrackedLayer], tile: range, preconditioners: dict[str, Preconditioner], label: str

@@ -1,6 +1,6 @@
 """Where pairwise scores lie, and what is stored with them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from influence_core.factors.strategies import Damping, find_strategy
@@ -24,16 +24,28 @@ def pairwise_score_store(
     Args:
         checkpoints: names of those whose mean the scores are, where they are one.
     """
-    settings = {
-        "strategy": strategy_name,
+    settings = factor_settings(strategy_name, damping, factor_stores, checkpoints) | {
         "query_dataset": dataset_fingerprint(query_dataset),
         "num_queries": len(query_dataset),
+    }
+    return study.score_store(study.result_name(strategy_name), **settings)
+
+
+def factor_settings(
+    strategy_name: str,
+    damping: Damping,
+    factor_stores: Mapping[str, StageStore] | None = None,
+    checkpoints: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """What scores of any kind owe to a strategy: see `pairwise_score_store`."""
+    settings = {
+        "strategy": strategy_name,
         "damping": damping if strategy_name != "identity" else None,
         "checkpoints": None if checkpoints is None else list(checkpoints),
     }
     if factor_stores is not None:
         settings["factors"] = lambda: {stage: store.checksum() for stage, store in factor_stores.items()}
-    return study.score_store(study.result_name(strategy_name), **settings)
+    return settings
 
 
 def score_scale(strategy_name: str, num_train: int, stores: dict[str, StageStore]) -> float | None:

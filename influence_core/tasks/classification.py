@@ -86,6 +86,9 @@ class ClassificationTask(TransformerTask):
     def num_tokens(self, example, stream):
         return max(map(len, self.rows_of(example[stream])))
 
+    def token_rows(self, example):
+        return {"input_ids": self.rows_of(example["input_ids"])}
+
     def length(self, example):
         return self.num_tokens(example, "input_ids")
 

@@ -22,6 +22,7 @@ from influence_core.task import Batch
 
 Run = Callable[[nn.Module, Batch], object]
 Shapes = Mapping[str, tuple[int, int]]  # {stream: (rows, positions)} of a batch
+SeenShapes = dict[str, list[torch.Size]]  # {module: of each call}
 
 PICKED = "applied once for all examples, or to positions picked from several"
 ONE_POSITION = ""  # in place of a stream: one position a row, that of a pooler or a classifier
@@ -36,6 +37,7 @@ class Observed:
     unfit: dict[str, str] = field(default_factory=dict)  # {layer: why it can't be}; the output head is in neither
     others: list[str] | None = None  # embeddings, norms and head, once it was asked which of them can be tracked
     head_is_matrix: bool = False  # logits = hidden states x the head's weight, and nothing else
+    calls: dict[str, list[str | None]] = field(default_factory=dict)  # {module: the stream of each call, if any}
     loss_is_mean: bool = False  # its own loss is the mean cross-entropy of its logits
 
     def describe_unfit(self) -> str:
@@ -67,49 +69,70 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def observe_layers(model: nn.Module, run: Run, batches: Sequence[tuple[Batch, Shapes]], observed: Observed) -> None:
-    """Note in `observed` what each layer that could be tracked reads."""
+    """Note in `observed` what each layer that could be tracked reads, and whose positions each module sees."""
     names = could_be_tracked(model)
-    runs = [(_inputs_of_layers(model, names, run, batch), shapes) for batch, shapes in batches]
+    runs = [(*_shapes_seen(model, run, batch), shapes) for batch, shapes in batches]
     for name in names:
-        calls = [(shape, shapes) for inputs, shapes in runs for shape in inputs[name]]
+        calls = [(shape, shapes) for inputs, _, shapes in runs for shape in inputs.get(name, ())]
         streams = [_streams_of(shape, shapes) for shape, shapes in calls]
         if not calls:
             observed.unfit[name] = "not called"
-        elif not all(inputs[name] for inputs, _ in runs):
+        elif not all(inputs.get(name) for inputs, _, _ in runs):
             observed.unfit[name] = PICKED
         elif len(common := set.intersection(*streams)) == 1:
             (observed.streams[name],) = common
         else:
             reasons = (_why_unfit(*call) for call, which in zip(calls, streams) if not which)
             observed.unfit[name] = next(reasons, PICKED)
+    # An embedding of positions is given the same for all rows, or nothing of them: what comes out tells.
+    for name in runs[0][1]:
+        calls = zip(*(outputs.get(name, ()) for _, outputs, _ in runs[:2]))
+        observed.calls[name] = [
+            _only(set.intersection(*(_streams_of(shape, of_run[2], True) for shape, of_run in zip(of_call, runs))))
+            for of_call in calls
+        ]
 
 
-def _inputs_of_layers(model: nn.Module, names: Sequence[str], run: Run, batch: Batch) -> dict[str, list[torch.Size]]:
-    """{layer: shapes of its input, of each call}"""
-    shapes: dict[str, list[torch.Size]] = {name: [] for name in names}
+def _shapes_seen(model: nn.Module, run: Run, batch: Batch) -> tuple[SeenShapes, SeenShapes]:
+    """Of the inputs and of the outputs of each call, by module, of those that have parameters."""
+    inputs: SeenShapes = {}
+    outputs: SeenShapes = {}
 
     def note(name: str):
-        def hook(module, arguments, keywords):
-            (seen,) = (*arguments, *keywords.values())
-            shapes[name].append(seen.shape)
+        def hook(module, arguments, keywords, output):
+            seen = [x for x in (*arguments, *keywords.values()) if isinstance(x, torch.Tensor)]
+            if seen and isinstance(output, torch.Tensor):
+                inputs.setdefault(name, []).append(seen[0].shape)
+                outputs.setdefault(name, []).append(output.shape)
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(note(name), with_kwargs=True) for name in names]
+    handles = [
+        module.register_forward_hook(note(name), with_kwargs=True)
+        for name, module in model.named_modules()
+        if next(module.parameters(recurse=False), None) is not None
+    ]
     try:
         with torch.no_grad(), undisturbed(model):
             run(model, batch)
     finally:
         for handle in handles:
             handle.remove()
-    return shapes
+    return inputs, outputs
 
 
-def _streams_of(shape: torch.Size, shapes: Shapes) -> set[str]:
-    """The streams whose rows and positions such an input may have."""
+def _only(streams: set[str]) -> str | None:
+    """The single stream whose positions these are, if any."""
+    return next(iter(streams)) if len(streams) == 1 and ONE_POSITION not in streams else None
+
+
+def _streams_of(shape: torch.Size, shapes: Shapes, for_all_rows: bool = False) -> set[str]:
+    """The streams whose rows and positions such a tensor may have; with `for_all_rows` also as a single row for all."""
     num_positions = math.prod(shape[1:-1])
     streams = set()
     for stream, (rows, positions) in shapes.items():
+        if for_all_rows and len(shape) > 2 and shape[0] == 1:
+            rows = 1
         is_flat = len(shape) == 2 and shape[0] == rows * positions
         if is_flat or (shape[0] == rows and positions in (num_positions, *shape[1:-1][:1])):
             streams.add(stream)

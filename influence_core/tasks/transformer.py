@@ -108,6 +108,16 @@ class TransformerTask(PretrainedTask):
         stream = streams[layer_name]
         return None if stream == ONE_POSITION else self.real_positions(batch, stream)
 
+    def token_rows(self, example):
+        return {stream: [example[stream]] for stream in self.position_limits}
+
+    def token_mask(self, batch, stream):
+        return self.real_positions(batch, stream)
+
+    def token_stream(self, site, call):
+        streams = self._asked[1].calls.get(site, [])
+        return streams[call] if call < len(streams) else None
+
     # ---------------------------------------------------------------------------------------------- asking the model
 
     def observe(self, model: nn.Module) -> Observed:

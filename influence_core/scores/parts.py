@@ -1,0 +1,298 @@
+"""What a score is made of, for the pairs that are shown: each layer's share of it, and each token's.
+
+    score[q, t] = sum over layers of <(F + damping)^-1 g_q, g_t>
+
+and a layer's gradient is a sum over the positions that it saw. So <(F + damping)^-1 g_q, part of g_t> splits a score
+over the tokens of the training example, and, as the inverse is symmetric, <part of g_q, (F + damping)^-1 g_t> over
+those of the query. Each of the three sums to the score.
+
+Cost of a pair: 2 P T FLOPs for each of the two splits (P parameters, T positions), and of each query and training
+example its forward and backward pass and its gradient, preconditioned.
+
+Source: Grosse et al. 2023, arXiv:2308.03296, sections 3.4 and 5.3.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from influence_core.batches import make_batch
+from influence_core.captured import Captured
+from influence_core.errors import UserError
+from influence_core.factors.preconditioners import load_preconditioners
+from influence_core.factors.strategies import Damping, Preconditioner
+from influence_core.fingerprints import digest
+from influence_core.layers import TrackedLayer
+from influence_core.memory import slices
+from influence_core.scores.cost import preconditioning_chunk
+from influence_core.scores.tokens import TokenPlaces, token_counts
+from influence_core.storage import StageStore
+from influence_core.study import Study
+
+STAGE = "score_parts"
+MOST_QUERIES = 16  # whose preconditioned gradients, and what their layers saw, are at hand at once
+
+Pair = tuple[int, int]  # query, training example
+
+
+@dataclass(frozen=True)
+class ScoreParts:
+    """Of some pairs; each part sums to the pair's score, but for rounding."""
+
+    pairs: list[Pair]
+    layers: list[str]  # labels of the tracked layers
+    by_layer: Tensor  # [pairs, layers]
+    train_tokens: list[Tensor] | None  # of each pair [tokens of the training example + 1], see tokens.py
+    query_tokens: list[Tensor] | None  # of each pair [tokens of the query + 1]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it but the labels, to be stored."""
+        tensors = {"pairs": torch.tensor(self.pairs, dtype=torch.int64).view(-1, 2), "by_layer": self.by_layer}
+        for name in ("train_tokens", "query_tokens"):
+            if (of_pairs := getattr(self, name)) is not None:
+                tensors[name] = torch.cat(of_pairs) if of_pairs else torch.zeros(0)
+                tensors[f"num_{name}"] = torch.tensor(list(map(len, of_pairs)), dtype=torch.int64)
+        return tensors
+
+    @classmethod
+    def mean(cls, several: Sequence["ScoreParts"]) -> "ScoreParts":
+        """Of parts of the same pairs."""
+
+        def of(tensors: Sequence[Tensor]) -> Tensor:
+            return torch.stack(list(tensors)).double().mean(0).to(tensors[0].dtype)
+
+        first = several[0]
+        sides = [[parts.train_tokens for parts in several], [parts.query_tokens for parts in several]]
+        tokens = [None if side[0] is None else [of(of_pair) for of_pair in zip(*side)] for side in sides]
+        return cls(first.pairs, first.layers, of([parts.by_layer for parts in several]), *tokens)
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], layers: list[str]) -> "ScoreParts":
+        """From what `tensors` gave."""
+        tokens = [
+            list(tensors[name].split(tensors[f"num_{name}"].tolist())) if name in tensors else None
+            for name in ("train_tokens", "query_tokens")
+        ]
+        return cls([(q, t) for q, t in tensors["pairs"].tolist()], layers, tensors["by_layer"], *tokens)
+
+
+def shown_pairs(scores: Tensor, num_queries: int, num_each: int) -> list[Pair]:
+    """The pairs of the first queries with the training examples of their highest and their lowest scores.
+
+    Args:
+        scores: [queries, training examples].
+        num_each: highest, and as many lowest ones.
+    """
+    pairs: list[Pair] = []
+    for query, row in enumerate(scores[:num_queries]):
+        order = row.argsort(descending=True, stable=True).tolist()
+        shown = order if len(order) <= 2 * num_each else order[:num_each] + order[-num_each:]
+        pairs += [(query, index) for index in shown]
+    return pairs
+
+
+def parts_store(study: Study, score_store: StageStore, pairs: Sequence[Pair], by_token: bool) -> StageStore:
+    """Where the parts of these scores lie: beside them, and of no others."""
+    settings = {
+        "scores": score_store.checksum(),
+        "pairs": digest([str(list(pairs)).encode()]),
+        "by_token": by_token,
+    }
+    return StageStore(score_store.directory, STAGE, settings, study.made_by, study.writer)
+
+
+def drop_parts_of_others(store: StageStore) -> None:
+    """Of other pairs, or of earlier scores: they are made of the scores that are there, so nothing is lost."""
+    try:
+        store.manifest()
+    except UserError:
+        store.discard()
+
+
+def load_score_parts(store: StageStore) -> ScoreParts | None:
+    """Those that are stored, if any are."""
+    manifest = store.manifest()
+    return None if manifest is None else ScoreParts.of(store.load()[STAGE], manifest["counts"]["layers"])
+
+
+def compute_score_parts(
+    study: Study,
+    strategy_name: str,
+    factor_stores: Mapping[str, StageStore],
+    query_dataset: Sequence[Any],
+    pairs: Sequence[Pair],
+    damping: Damping,
+    query_batch_size: int,
+    train_batch_size: int,
+    budget: int,
+    by_token: bool = True,
+) -> ScoreParts:
+    """The parts of these pairs' scores.
+
+    Several processes share the queries.
+
+    Args:
+        factor_stores: what fit_factors returned for the strategy.
+        budget: bytes that may be taken beyond what is in use.
+    Raises:
+        UserError: the task does not tell an example's tokens (with `by_token`).
+    """
+    if by_token:
+        token_counts(study.task, query_dataset[0])
+    sizes = {"query_batch_size": query_batch_size, "train_batch_size": train_batch_size}
+    job = _PartsJob(study, query_dataset, list(pairs), by_token, **sizes)
+    queries = sorted({query for query, _ in pairs})
+    longest = max(study.lengths([query_dataset[query] for query in queries]), default=0)
+    groups, at_once = _fit(study, longest * study.task.rows_per_example, budget)
+    with study.runtime.progress(len(queries) * len(groups), "Score parts", unit="query") as bar:
+        mine = queries[study.runtime.rank :: study.runtime.world_size]
+        for group in groups:
+            preconditioners = load_preconditioners(
+                study, {strategy_name: factor_stores}, [strategy_name], group, damping
+            )
+            for tile in slices(len(mine), at_once):
+                with study.profiler("Compute Score Parts"):
+                    job.add(group, preconditioners, mine[tile])
+                bar.update(min((tile.stop - tile.start) * study.runtime.world_size, bar.total - bar.n))
+    return job.result()
+
+
+def _fit(study: Study, longest: int, budget: int) -> tuple[list[list[TrackedLayer]], int]:
+    """(groups of layers whose factors fit into a third of the budget, queries that fit into another)
+
+    Args:
+        longest: positions of the longest query.
+    """
+    number = study.runtime.precision.sum_dtype.itemsize
+    groups: list[list[TrackedLayer]] = [[]]
+    taken = largest = 0
+    for layer in study.layers:
+        squares = sum(size * size for size in layer.shape) if layer.is_kronecker else 0
+        of_layer = number * (squares + 2 * layer.num_parameters)
+        if groups[-1] and taken + of_layer > budget / 3:
+            groups.append([])
+            taken = 0
+        groups[-1].append(layer)
+        taken += of_layer
+        of_query = sum(layer.num_parameters + longest * sum(layer.shape) for layer in groups[-1])
+        largest = max(largest, number * of_query)
+    return groups, int(min(max(budget / 3 / largest, 1), MOST_QUERIES))
+
+
+@dataclass
+class _Query:
+    """A query of the tile."""
+
+    captured: dict[str, Captured]
+    directions: dict[str, Tensor]  # its preconditioned gradients [out, in(+1)], by layer
+    places: TokenPlaces | None
+    row: int  # in its batch
+
+
+class _PartsJob:
+    """Sums up the parts, group by group of layers."""
+
+    def __init__(self, study, query_dataset, pairs: list[Pair], by_token, query_batch_size, train_batch_size):
+        self.study, self.task, self.dtype = study, study.task, study.runtime.precision.sum_dtype
+        self.query_dataset, self.pairs = query_dataset, pairs
+        self.query_batch_size, self.train_batch_size = query_batch_size, train_batch_size
+        zeros = {"dtype": self.dtype, "device": study.runtime.device}
+        self.layer_index = {layer.name: number for number, layer in enumerate(study.layers)}
+        self.by_layer = torch.zeros(len(pairs), len(study.layers), **zeros)
+        self.train_tokens = self.query_tokens = None
+        if by_token:
+            sides = [[study.train_dataset[t] for _, t in pairs], [query_dataset[q] for q, _ in pairs]]
+            self.train_tokens, self.query_tokens = (
+                [torch.zeros(1 + sum(map(sum, token_counts(self.task, x).values())), **zeros) for x in side]
+                for side in sides
+            )
+
+    def result(self) -> ScoreParts:
+        """On the CPU, of all processes together."""
+        tokens = [*(self.train_tokens or ()), *(self.query_tokens or ())]
+        flat = torch.cat([self.by_layer.flatten(), *tokens])
+        self.study.runtime.all_reduce([flat])
+        by_layer, *tokens = flat.cpu().split([self.by_layer.numel(), *map(len, tokens)])
+        num = len(self.pairs) if self.train_tokens is not None else 0
+        sides = (tokens[:num], tokens[num:]) if num else (None, None)
+        layers = [layer.label for layer in self.study.layers]
+        return ScoreParts(self.pairs, layers, by_layer.view_as(self.by_layer), *sides)
+
+    def add(self, group: list[TrackedLayer], preconditioners: dict[str, Preconditioner], tile: list[int]) -> None:
+        """The parts of these layers, for the pairs of these queries."""
+        study = self.study
+        queries = self._queries(group, preconditioners, tile)
+        numbers: dict[int, list[int]] = {}  # of the pairs, by training example
+        for number, (query, index) in enumerate(self.pairs):
+            if query in queries:
+                numbers.setdefault(index, []).append(number)
+        order = self._by_length(study.train_dataset, list(numbers))
+        with study.gradient_pass(study.task.train_loss, group) as run:
+            captures = study.captures(run, study.train_dataset, order, self.train_batch_size, "training loss")
+            for indices, captured in captures:
+                places = self._places(study.train_dataset, indices)
+                for layer in group:
+                    of_layer = captured.pop(layer.name)
+                    for row, gradient, direction in self._gradients(layer, of_layer, preconditioners[layer.name]):
+                        one = (of_layer[row : row + 1], gradient, direction) if places else (None, gradient, None)
+                        self._add_pairs(layer, numbers[indices[row]], queries, *one, places, row)
+
+    def _add_pairs(self, layer, numbers: list[int], queries, captured, gradient, direction, places, row) -> None:
+        """The parts of one layer, for all pairs of one training example."""
+        of_queries = [queries[self.pairs[number][0]] for number in numbers]
+        directions = torch.stack([query.directions[layer.name] for query in of_queries])
+        self.by_layer[numbers, self.layer_index[layer.name]] = (directions * gradient).sum((1, 2))
+        if captured is None:
+            return
+        totals = self.by_layer.new_zeros(len(numbers), 1 + places.num_tokens(row))
+        places.add(totals, row, layer.products_by_position(captured, directions))
+        for number, query, of_train in zip(numbers, of_queries, totals):
+            self.train_tokens[number] += of_train
+            products = layer.products_by_position(query.captured[layer.name], direction.unsqueeze(0))
+            query.places.add(self.query_tokens[number].unsqueeze(0), query.row, products)
+
+    def _queries(self, group, preconditioners, tile: list[int]) -> dict[int, _Query]:
+        queries: dict[int, _Query] = {}
+        with self.study.gradient_pass(self.task.measurement, group) as run:
+            order = self._by_length(self.query_dataset, tile)
+            captures = self.study.captures(run, self.query_dataset, order, self.query_batch_size, "measurement")
+            for indices, captured in captures:
+                places = self._places(self.query_dataset, indices)
+                of_batch = [_Query({}, {}, places, row) for row in range(len(indices))]
+                for layer in group:
+                    of_layer = captured.pop(layer.name)
+                    for row, _, direction in self._gradients(layer, of_layer, preconditioners[layer.name]):
+                        of_batch[row].directions[layer.name] = direction
+                        if places:
+                            of_batch[row].captured[layer.name] = of_layer[row : row + 1]
+                queries |= zip(indices, of_batch)
+        return queries
+
+    def _gradients(
+        self, layer: TrackedLayer, captured: Captured, preconditioner: Preconditioner
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(number of the example, its gradient, that preconditioned), [out, in(+1)] each, of a batch's examples."""
+        chunk = preconditioning_chunk(layer, self.dtype.itemsize, self.study.runtime.device.type)
+        whole = None
+        if self.task.post_processes:
+            whole = layer.matrix_gradients(captured.compact().to(self.dtype))
+            whole = self.task.post_process_per_sample_gradient(layer.name, whole)
+        for rows in slices(len(captured if whole is None else whole), chunk):
+            made = layer.matrix_gradients(captured[rows].compact().to(self.dtype)) if whole is None else whole[rows]
+            (preconditioned,) = preconditioner.of_gradients(made)
+            yield from zip(range(rows.start, rows.stop), made, preconditioned)
+
+    def _places(self, dataset: Sequence[Any], indices: list[int]) -> TokenPlaces | None:
+        """Where the tokens of a batch lie, if they are wanted."""
+        if self.train_tokens is None:
+            return None
+        batch = make_batch(self.task, dataset, indices, self.study.runtime)
+        return TokenPlaces(self.task, batch, [dataset[index] for index in indices])
+
+    def _by_length(self, dataset: Sequence[Any], indices: list[int]) -> list[int]:
+        """Those of like length together, the longest first."""
+        lengths = [self.task.length(dataset[index]) for index in indices]
+        return [indices[number] for number in sorted(range(len(indices)), key=lambda i: (-lengths[i], indices[i]))]
