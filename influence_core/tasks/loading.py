@@ -110,3 +110,15 @@ def _work_offline_if_unreachable() -> None:
         import datasets  # only where it is needed: it takes long to import
 
         huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+
+
+def pattern_of(flag: str, text: str | None) -> re.Pattern:
+    """The regular expression that a flag gives; without one, that which is found everywhere.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        return re.compile(text or "")
+    except re.error as error:
+        raise UserError(f"{flag} {text!r} is no regular expression: {error}") from None

@@ -1,7 +1,6 @@
 """The model of a task: from stored weights, which have to be all there, or from scratch by a config."""
 
 import itertools
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from transformers import AutoConfig, PretrainedConfig
 from influence_core.errors import UserError
 from influence_core.memory import free_system_memory
 from influence_core.tasks.example import is_main_process
-from influence_core.tasks.loading import load_from
+from influence_core.tasks.loading import load_from, pattern_of
 from influence_core.tasks.weights import Differences, load_weights, require_a_start, require_whole
 from influence_core.units import gigabytes
 
@@ -123,10 +122,7 @@ def freeze(model: nn.Module, pattern: str, flag: str) -> None:
         UserError: it is none, or is found in no name, or nothing would be left to train.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    try:
-        frozen = [name for name in trained if re.search(pattern, name)]
-    except re.error as error:
-        raise UserError(f"{flag} {pattern!r} is no regular expression: {error}") from None
+    frozen = list(filter(pattern_of(flag, pattern).search, trained))
     if not frozen:
         raise UserError(f"{flag} {pattern!r} is found in no name of a parameter; {', '.join(trained)[:200]}, … are")
     if len(frozen) == len(trained):

@@ -1,6 +1,5 @@
 """Whether what a task tracks is expected: whole blocks left out are refused, much left out is said."""
 
-import re
 from collections.abc import Sequence
 
 from torch import nn
@@ -9,6 +8,7 @@ from influence_core.coverage import could_be_tracked
 from influence_core.errors import UserError
 from influence_core.layers import TrackedLayer
 from influence_core.tasks.example import ExampleTask
+from influence_core.tasks.loading import pattern_of
 from influence_core.tasks.transformer import TransformerTask
 from influence_core.tasks.weights import Blocks
 
@@ -44,10 +44,8 @@ def coverage_notes(task: ExampleTask, model: nn.Module, layers: Sequence[Tracked
 
 
 def _refuse_ignored_pattern(task: ExampleTask, tracked: set[str]) -> None:
-    try:
-        others = [name for name in tracked if not re.search(task.tracked_layers, name)]
-    except re.error as error:
-        raise UserError(f"--tracked_layers {task.tracked_layers!r} is no regular expression: {error}") from None
+    pattern = pattern_of("--tracked_layers", task.tracked_layers)
+    others = [name for name in tracked if not pattern.search(name)]
     if others:
         raise UserError(
             f"{type(task).__name__} names its layers itself, and {min(others)} is not of --tracked_layers "

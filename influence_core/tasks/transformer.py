@@ -4,7 +4,6 @@ A task of a kind says how its examples become the model's inputs (`model_inputs`
 (`streams`), and what is learnt from the outputs. All else is here: what is tracked, its masks, limits of positions.
 """
 
-import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -20,6 +19,7 @@ from influence_core.errors import UserError, first_line
 from influence_core.precision import is_in_pass
 from influence_core.task import Batch
 from influence_core.tasks.example import is_main_process
+from influence_core.tasks.loading import pattern_of
 from influence_core.tasks.observed import (
     ONE_POSITION,
     Observed,
@@ -68,10 +68,7 @@ class TransformerTask(PretrainedTask):
         narrowed by --tracked_layers.
         """
         observed = self.observe(model)
-        try:
-            pattern = re.compile(self.tracked_layers or "")
-        except re.error as error:
-            raise UserError(f"--tracked_layers {self.tracked_layers!r} is no regular expression: {error}") from None
+        pattern = pattern_of("--tracked_layers", self.tracked_layers)
         names = list(filter(pattern.search, observed.streams))
         if others := set(filter(pattern.search, self.other_layers(model))):
             names = [name for name, _ in model.named_modules() if name in others | set(names)]
