@@ -8,10 +8,9 @@ import torch.distributed as dist
 
 from influence_core import labels
 from influence_core.captured import Positions
-from influence_core.factors import lambdas
+from influence_core.factors import lambdas, preconditioners
 from influence_core.precision import Precision
 from influence_core.runtime import Runtime
-from influence_core.scores import pairwise
 from tests.pretended.device import CheckedDevice, pretended_cuda
 from tests.studies import make_study, score
 from tests.test_exactness import relative_error
@@ -59,12 +58,12 @@ def in_float64(self, a, b, out=None):
     return torch.mm(a, b, out_dtype=torch.float64).float() if a.dim() == 2 else torch.bmm(a, b)
 
 
-Preconditioner, Eigenbasis = pairwise.Preconditioner, lambdas.Eigenbasis
+Preconditioner, Eigenbasis = preconditioners.Preconditioner, lambdas.Eigenbasis
 MISTAKES = {
     "a batch that stays on the CPU": (Runtime, "send", lambda self, tensor: tensor, MIX),
     "positions counted on the CPU": (labels, "torch", ForgetfulTorch(), MIX),
     "active positions on the CPU": (Positions, "compact", left_behind(Positions.compact), MIX),
-    "factors on the CPU": (pairwise, "Preconditioner", with_cpu_factors, MIX),
+    "factors on the CPU": (preconditioners, "Preconditioner", with_cpu_factors, MIX),
     "eigenvectors on the CPU": (lambdas, "Eigenbasis", with_cpu_basis, MIX),
     "a product in float64": (Precision, "matmul", in_float64, "out_dtype must be"),
 }
