@@ -64,6 +64,7 @@ from influence_core.labels import LabelSampler
 
 Batch = dict[str, Tensor]
 
+ONLY_STREAM = "the only stream"
 EXAMPLE_INDEX = "example_index"  # batch[EXAMPLE_INDEX]: [examples] int64, the index of each example in its dataset
 
 
@@ -124,9 +125,9 @@ class InfluenceTask(ABC):
     def token_stream(self, site: str, call: int) -> str | None:
         """Whose positions a module saw when it was called (0, 1, …) in a forward pass; None: those of no stream.
 
-        By default those of the only stream.
+        By default those of the only stream, or of none where there are several.
         """
-        return ""
+        return ONLY_STREAM
 
     def post_process_per_sample_gradient(self, layer_name: str, gradient: Tensor) -> Tensor:
         """[rows, out, in(+1)] -> [examples, out, in(+1)], for tasks where several rows make one example.

@@ -26,7 +26,7 @@ class Told(TinyTask):
     """The tiny task, which tells its tokens."""
 
     def token_rows(self, example):
-        return {"": [example["tokens"]]}
+        return {"words": [example["tokens"]]}
 
     def token_mask(self, batch, stream):
         return batch["labels"] != PAD
@@ -271,7 +271,7 @@ def test_a_task_that_tells_no_tokens_has_parts_by_layer_alone(tmp_path):
 def test_a_task_whose_mask_is_not_of_its_tokens_is_refused(tmp_path):
     class Wrong(Told):
         def token_rows(self, example):
-            return {"": [example["tokens"][1:]]}
+            return {"words": [example["tokens"][1:]]}
 
     with pytest.raises(UserError, match="token_mask marks"):
         run(tmp_path, Wrong(), Wrong().load_model().double(), ["ekfac"])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from influence_core.errors import UserError
 from influence_core.layers.kind import SiteProducts
-from influence_core.task import Batch, InfluenceTask
+from influence_core.task import ONLY_STREAM, Batch, InfluenceTask
 
 
 def token_counts(task: InfluenceTask, example: Any) -> dict[str, list[int]]:
@@ -70,6 +70,8 @@ class TokenPlaces:
             lengths = [positions * parts for positions, parts in spans]
             for call, (of_call, (positions, _)) in enumerate(zip(rows.split(lengths, dim=2), spans)):
                 stream = self.task.token_stream(site.site, call)
+                if stream == ONLY_STREAM and len(self.columns) == 1:
+                    (stream,) = self.columns
                 by_position = of_call.unflatten(2, (positions, -1)).sum(-1)
                 self._add_rows(totals, example, stream, by_position)
 
