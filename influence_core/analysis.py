@@ -54,7 +54,8 @@ def analyze(
         memory_budget: bytes that the process may use in all; by default 90 % of what is free, and what it has.
         self_influence: also store each training example's own score, see scores/self_influence.py.
     Returns:
-        {strategy: [queries, training examples] float32, on the CPU}; also stored, see `Study.score_store`.
+        {strategy: [queries, training examples] float32, on the CPU}; also stored, see `Study.score_store`. With
+        `Study.sum_queries`, [1, training examples].
     Raises:
         UserError: the settings do not fit the data, the memory, or what is stored; or the task or model breaks the
             contract (see check.py).
@@ -91,6 +92,7 @@ def analyze(
         num_processes=study.runtime.world_size,
         num_workers=study.runtime.num_workers,
         post_processed=of_training.num_gradients if study.task.post_processes else 0,
+        sum_queries=study.sum_queries,
     )
     in_use, budget = available_memory(study, memory_budget)
     work = fit_batch_sizes(study.layers, work, budget, study.runtime.print)

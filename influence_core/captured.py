@@ -64,6 +64,10 @@ class Captured(ABC):
     def to(self, dtype: torch.dtype) -> "Captured":
         """The same in another number format."""
 
+    @abstractmethod
+    def as_one(self) -> "Captured":
+        """The same as of a single example, whose gradient is the sum of all."""
+
     @property
     @abstractmethod
     def inputs(self) -> list[Tensor]:
@@ -110,6 +114,10 @@ class Positions(Captured):
     def to(self, dtype):
         return replace(self, activations=self.activations.to(dtype), output_gradients=self.output_gradients.to(dtype))
 
+    def as_one(self):
+        """Their positions end to end: the contraction over positions then adds them up."""
+        return Positions(end_to_end(self.activations), end_to_end(self.output_gradients))
+
     @property
     def inputs(self):
         return [self.activations]
@@ -133,6 +141,11 @@ class Positions(Captured):
             for x in (self.activations, self.output_gradients)
         )
         return Positions(activations, output_gradients)
+
+
+def end_to_end(rows: Tensor) -> Tensor:
+    """[rows, positions, ...] -> [1, rows * positions, ...]"""
+    return rows.flatten(0, 1).unsqueeze(0)
 
 
 def lay_out(name: str, calls: Calls, mask: Tensor | None, layout: Layout) -> Positions:

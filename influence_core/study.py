@@ -40,6 +40,9 @@ class Study:
         use_empirical_fisher: factors from the data's own labels instead of sampled ones.
         overwrite: compute stages again although finished results are stored,
         made_by: but those that this very run had finished before it was interrupted: its name, if it has one.
+        own_queries: the queries are none of the data's: their scores' directory is named by them, so that those of
+            several sets lie side by side.
+        sum_queries: score the sum of the queries' gradients in place of each, at the price of one query.
         scores_suffix: part of the scores' directory, to keep several side by side (dampings, say).
         progress_interval: seconds between two notes of progress, from which a killed stage goes on.
         profiler: the stage table, where several studies share one.
@@ -53,6 +56,8 @@ class Study:
     use_empirical_fisher: bool = False
     overwrite: bool = False
     made_by: str = ""
+    own_queries: bool = False
+    sum_queries: bool = False
     scores_suffix: str = ""
     progress_interval: float = 60.0
     profiler: Profiler | None = None

@@ -144,7 +144,7 @@ class TrackedLayer(ABC):
         weight = matrix[..., : self.in_features].flatten(1)
         return (weight, matrix[..., -1]) if self.has_bias else (weight,)
 
-    def store(self, matrix: Tensor, rows: Tensor, into: Parts) -> None:
+    def store(self, matrix: Tensor, rows: Tensor | slice, into: Parts) -> None:
         """into[rows] = to_parts(matrix), without a copy between; `into`: of any number of gradients and any dtype."""
         o, i = self.out_features, self.in_features
         into[0].view(-1, o, i)[rows] = matrix[..., :i].to(into[0].dtype)

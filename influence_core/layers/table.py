@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from influence_core.captured import Calls, Captured, Layout, Positions, Spans, lay_out
+from influence_core.captured import Calls, Captured, Layout, Positions, Spans, end_to_end, lay_out
 from influence_core.errors import UserError
 from influence_core.layers.kind import SiteProducts, TrackedLayer
 from influence_core.layers.matrix import products_with_matrices
@@ -56,6 +56,13 @@ class Rows(Captured):
             [replace(x, gradients=x.gradients.to(dtype)) for x in self.lookups],
             [positions.to(dtype) for positions in self.logits],
             [replace(loss, hidden=loss.hidden.to(dtype)) for loss in self.losses],
+        )
+
+    def as_one(self):
+        return Rows(
+            [(end_to_end(ids), end_to_end(gradients)) for ids, gradients in self.lookups],
+            [positions.as_one() for positions in self.logits],
+            [replace(loss, hidden=end_to_end(loss.hidden), targets=end_to_end(loss.targets)) for loss in self.losses],
         )
 
     @property

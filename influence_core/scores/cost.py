@@ -38,11 +38,17 @@ class Work:
     num_processes: int = 1  # that share the training examples
     num_workers: int = 1  # eigendecompositions at once
     post_processed: int = 0  # gradients an example that a task post-processes, those of a batch all at once
+    sum_queries: bool = False  # to one gradient
+
+    @property
+    def num_gradients(self) -> int:
+        """Of queries, to be preconditioned: each one's, or their sum."""
+        return 1 if self.sum_queries else self.num_queries
 
     @property
     def num_rows(self) -> int:
-        """Preconditioned gradients: one for each query and strategy."""
-        return self.num_queries * self.num_strategies
+        """Preconditioned gradients: of each strategy."""
+        return self.num_gradients * self.num_strategies
 
     def num_lambdas(self, layer: TrackedLayer) -> int:
         """Strategies that need one at a layer."""
@@ -68,7 +74,8 @@ def pass_peaks(group: list[TrackedLayer], work: Work, tile_size: int, scored_at_
     query_buffer = train_buffer = 0  # numbers, in gradients of a layer that are at hand at once
     for layer in group:
         at_once = preconditioning_chunk(layer, work.sum_bytes, work.device_type)
-        query_buffer = max(query_buffer, min(work.query_batch_size, at_once) * layer.num_parameters)
+        at_once = min(at_once, work.num_gradients, work.query_batch_size)
+        query_buffer = max(query_buffer, at_once * layer.num_parameters)
         at_once = gradient_chunk(layer, work.product_bytes, work.device_type)
         train_buffer = max(train_buffer, min(scored_at_once, at_once) * layer.num_parameters)
     factors = factor_bytes(group, work, preconditioners=True)
@@ -88,8 +95,9 @@ def pass_peaks(group: list[TrackedLayer], work: Work, tile_size: int, scored_at_
         + train_buffer * work.product_bytes
         + 2 * work.num_rows * scored_at_once * work.sum_bytes  # scores of these examples, and a product to add
     )
+    sums = work.sum_queries * sum(layer.num_parameters for layer in group) * work.sum_bytes
     return {
-        "query gradients": resident + scores + factors + query + logits + scratch + whole[0],
+        "query gradients": resident + sums + scores + factors + query + logits + scratch + whole[0],
         "training pass": resident + scores + train + logits + scratch + whole[1],
     }
 
@@ -188,8 +196,11 @@ def pairwise_flops(groups: list[list[TrackedLayer]], num_tiles: int, work: Work)
             below += sum(layer.num_parameters for layer in group)
         return flops
 
-    rotations = sum(_rotation_flops(layer, work.query) for layer in layers) * bool(work.num_in_eigenbasis)
     kronecker = [layer for layer in layers if layer.is_kronecker]
-    rotations_back = sum(2 * layer.num_parameters * sum(layer.shape) for layer in kronecker) * work.num_in_eigenbasis
-    of_queries = work.num_queries * (gradient_flops(work.query) + rotations + rotations_back)
+    rotations_back = sum(2 * layer.num_parameters * sum(layer.shape) for layer in kronecker)
+    rotations = sum(_rotation_flops(layer, work.query) for layer in layers)
+    if work.sum_queries:  # a whole gradient, of many positions
+        rotations = rotations_back
+    preconditioning = rotations * bool(work.num_in_eigenbasis) + rotations_back * work.num_in_eigenbasis
+    of_queries = work.num_queries * gradient_flops(work.query) + work.num_gradients * preconditioning
     return of_queries + work.num_train * (num_tiles * gradient_flops(work.train) + 2 * work.num_rows * parameters)

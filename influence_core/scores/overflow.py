@@ -22,7 +22,7 @@ def overflow(
     """What to tell the user.
 
     Args:
-        group, tile: layers and queries of the pass.
+        group, tile: layers and queries (rows of the scores) of the pass.
         resident: preconditioned query gradients of the pass, see pairwise.py.
         scores: [strategies, queries of the tile, columns], some of them not finite.
         columns: the training examples that these are.
@@ -31,12 +31,13 @@ def overflow(
         for part in resident[layer.name]:
             rows = (~part.isfinite().all(1)).nonzero()
             if len(rows):
+                whose = _whose(study, tile[int(rows[0]) % len(tile)])
                 return UserError(
-                    f"the preconditioned gradient of query {tile[int(rows[0]) % len(tile)]} at layer {layer.name} is "
-                    f"beyond the range of the number format; {REMEDY}"
+                    f"the preconditioned gradient of {whose} at layer {layer.name} is beyond the range of the number "
+                    f"format; {REMEDY}"
                 )
     query, column = (int(index) for index in (~scores.isfinite()).any(0).nonzero()[0])
-    pair = f"query {tile[query]} with training example {columns[column]}"
+    pair = f"{_whose(study, tile[query])} with training example {columns[column]}"
     with study.gradient_pass(study.task.train_loss, group) as run:
         ((_, captured),) = study.captures(run, study.train_dataset, [columns[column]], 1, "training loss")
     where = ", summed over layers,"
@@ -46,3 +47,8 @@ def overflow(
         if not sum(products).isfinite().all():
             where = f" at layer {layer.name}"
     return UserError(f"the score of {pair}{where} is beyond the range of the number format; {REMEDY}")
+
+
+def _whose(study: Study, row: int) -> str:
+    """What a row of the scores is of."""
+    return "the sum of the queries" if study.sum_queries else f"query {row}"

@@ -6,6 +6,9 @@ The query side is preconditioned once and stays in memory, flattened to [queries
 and of its bias); one pass over the training set then makes per-sample gradients, and each layer's scores are one matrix
 product [queries, parameters] @ [parameters, batch], accumulated in float32. Positive: training on t lowers f of q.
 
+Scores are linear in the query's gradient: those of a sum of queries take one gradient, summed over queries before it is
+preconditioned.
+
 Source: Grosse et al. 2023, arXiv:2308.03296, eq. 8 and section 3.
 """
 
@@ -27,6 +30,7 @@ from influence_core.scores.cost import preconditioning_chunk
 from influence_core.scores.gradients import PerSampleGradients
 from influence_core.scores.overflow import overflow
 from influence_core.scores.plan import Plan
+from influence_core.scores.query_sum import preconditioned_sum
 from influence_core.scores.stored import SCORES, pairwise_score_store, score_scale
 from influence_core.storage import StageStore
 from influence_core.study import Study
@@ -46,7 +50,8 @@ def compute_pairwise_scores(
     Args:
         factor_stores: {strategy: what fit_factors returned for it}.
     Returns:
-        {strategy: [queries, training examples] in the precision's sum_dtype (float32), on the CPU}.
+        {strategy: [queries, training examples] in the precision's sum_dtype (float32), on the CPU}; with
+        `Study.sum_queries`, [1, training examples].
     """
     stores = {
         name: pairwise_score_store(study, name, query_dataset, damping, factors)
@@ -86,14 +91,14 @@ class _PairwiseJob:
         self.columns = share(len(study.train_dataset), study.runtime)  # this process's training examples
         self.scores = torch.zeros(
             len(strategy_names),
-            len(query_dataset),
+            1 if study.sum_queries else len(query_dataset),
             len(self.columns),
             dtype=study.runtime.precision.sum_dtype,
             device=study.runtime.device,
         )
 
     def run(self, progress_store: StageStore, made_by: Callable[[], list[dict[str, Any]]]) -> Tensor:
-        """[strategies, queries, this process's training examples], on the CPU.
+        """[strategies, queries (or their sum), this process's training examples], on the CPU.
 
         Progress counts only for the same settings of every strategy, which `made_by` gives.
         """
@@ -154,6 +159,9 @@ class _PairwiseJob:
     ) -> dict[str, Parts]:
         """{layer: parts of [strategies * queries of the tile] gradients}, as operands of products."""
         study, runtime = self.study, self.runtime
+        if study.sum_queries:
+            queries = self.query_dataset, self.query_batch_size
+            return preconditioned_sum(study, *queries, group, preconditioners, self.gradients, label)
         like = torch.empty(0, dtype=runtime.precision.operand_dtype, device=runtime.device)
         resident = {layer.name: layer.empty_parts(like, len(self.strategy_names), len(tile)) for layer in group}
         lengths = study.lengths([self.query_dataset[index] for index in tile])

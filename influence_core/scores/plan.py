@@ -24,7 +24,7 @@ class Plan:
     """The layers and queries that are resident in each pass, and what that takes."""
 
     layer_groups: list[list[TrackedLayer]]
-    query_tiles: list[range]
+    query_tiles: list[range]  # rows of the scores: queries, or their sum alone
     resident_bytes: int  # of query gradients, the largest pass
     peak_bytes: dict[str, int]  # beyond what is in use before, by stage
     pairwise_flops: float
@@ -59,11 +59,10 @@ def make_plan(layers: list[TrackedLayer], work: Work, budget: int, in_use: int =
         )
     plans = []
     num_tiles = 1
-    while num_tiles <= work.num_queries and all(num_tiles <= plan.num_passes for plan in plans):
-        tile_size = -(-work.num_queries // num_tiles)
-        tiles = [
-            range(start, min(start + tile_size, work.num_queries)) for start in range(0, work.num_queries, tile_size)
-        ]
+    while num_tiles <= work.num_gradients and all(num_tiles <= plan.num_passes for plan in plans):
+        tile_size = -(-work.num_gradients // num_tiles)
+        starts = range(0, work.num_gradients, tile_size)
+        tiles = [range(start, min(start + tile_size, work.num_gradients)) for start in starts]
         groups = _fill_groups(layers, work, tile_size, budget)
         if groups is not None:
             plans.append(_cost(groups, tiles, layers, work))

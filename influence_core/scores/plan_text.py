@@ -24,12 +24,14 @@ def describe_plan(
     if plan.kept_bytes:
         kept = f", less passes of {plan.kept_share:.0%} of lambda ({gigabytes(plan.kept_bytes)} kept)"
     disk = factor_bytes(layers, work) + work.num_rows * work.num_train * 4
+    queries = f"the sum of {work.num_queries} queries" if work.sum_queries else f"{work.num_queries} queries"
     rows = {
         "tracked": describe_coverage(model, layers),
-        "scores": f"{work.num_queries} queries x {work.num_train} training examples"
+        "scores": f"{queries} x {work.num_train} training examples"
         + (f" x {work.num_strategies} strategies" if work.num_strategies > 1 else ""),
         "passes": passes,
-        "queries": f"{gigabytes(plan.resident_bytes)} of preconditioned gradients stay in memory",
+        "queries": f"{gigabytes(plan.resident_bytes)} of preconditioned gradients stay in memory"
+        + (" (of the sum alone)" if work.sum_queries else ""),
         "memory": f"{gigabytes(in_use + max(plan.peak_bytes.values()))} at the peak ({stages}); "
         f"{gigabytes(in_use)} in use, {gigabytes(budget)} more may be taken",
         "disk": f"{gigabytes(disk)} of factors and scores",

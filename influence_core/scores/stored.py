@@ -9,6 +9,8 @@ from influence_core.storage import StageStore
 from influence_core.study import Study
 
 SCORES = "all_modules"  # name of the stored tensor [queries, training examples]
+OWN_QUERIES, SUM_QUERIES = "own_queries", "sum_queries"  # settings: true of scores that are such, see Study
+DIGITS = 8  # of the queries' fingerprint, in the name of a directory
 
 
 def pairwise_score_store(
@@ -24,11 +26,16 @@ def pairwise_score_store(
     Args:
         checkpoints: names of those whose mean the scores are, where they are one.
     """
+    queries = dataset_fingerprint(query_dataset)
     settings = factor_settings(strategy_name, damping, factor_stores, checkpoints) | {
-        "query_dataset": dataset_fingerprint(query_dataset),
+        "query_dataset": queries,
         "num_queries": len(query_dataset),
+        OWN_QUERIES: study.own_queries or None,
+        SUM_QUERIES: study.sum_queries or None,
     }
-    return study.score_store(study.result_name(strategy_name), **settings)
+    name = study.result_name(strategy_name)
+    name += f"_queries-{queries[:DIGITS]}" * study.own_queries + "_sum" * study.sum_queries
+    return study.score_store(name, **settings)
 
 
 def factor_settings(
