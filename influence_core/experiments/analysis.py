@@ -16,6 +16,7 @@ from influence_core.experiments.arguments import check_size, parse
 from influence_core.experiments.checkpoints import not_left_empty, require_checkpoint, require_same_data
 from influence_core.experiments.flags import LAST
 from influence_core.experiments.overwriting import forget_overwriting, overwriting
+from influence_core.experiments.own_queries import load_own_queries
 from influence_core.experiments.running import run_script
 from influence_core.experiments.trajectory import chosen_checkpoints
 from influence_core.files import remove_leftovers
@@ -24,16 +25,19 @@ from influence_core.profiler import Profiler
 from influence_core.runtime import Runtime
 from influence_core.scores.parts import shown_pairs
 from influence_core.scores.self_influence import STAGE as SELF_INFLUENCE
-from influence_core.scores.stored import SCORES
+from influence_core.scores.stored import SCORES, pairwise_score_store
 from influence_core.study import Study
 from influence_core.tasks.adapters import is_adapter
 from influence_core.tasks.example import ExampleTask, is_main_process
+from influence_core.tasks.own_queries import OwnQueries
 from influence_core.tasks.tracking import coverage_notes
 from influence_core.units import gigabytes
 
 TOP = 5  # sequences that the topic figure looks at
 SHOWN_CHARACTERS = 1200  # of a sequence
 SHOWN_EACH = 10  # highest and lowest training examples of a query whose scores are looked into
+SCORES_FILE = "pairwise_scores.safetensors"
+SHOWN_OWN = 20  # of the user's own queries, where no number was given
 
 
 def main(task_class: type[ExampleTask], description: str, argv: list[str] | None = None) -> None:
@@ -72,12 +76,17 @@ def _run(task_class: type[ExampleTask], arguments, runtime: Runtime, made_by: st
     several = {} if is_last else chosen_checkpoints(arguments.checkpoint_dir, arguments.checkpoints)
     task = task_class(**arguments.task)
     task.tracked_layers, task.tracked_kinds = arguments.tracked_layers, arguments.track
+    task.checkpoint_dir = arguments.checkpoint_dir  # whose tokenizer makes the user's texts into examples
+    own_queries = load_own_queries(task, arguments)
     model = task.load_model(arguments.checkpoint_dir)
     unused = [flag for flag in task.flags_of_a_start if flag in arguments.given]
     if unused and not is_adapter(arguments.checkpoint_dir):
         flags = ", ".join(f"--{flag}" for flag in unused)
         runtime.print(f"Note: {flags}: for train.py; analyzed is the model in {arguments.checkpoint_dir}")
-    train_dataset, query_dataset = load_datasets(task, arguments)
+    if own_queries is None:
+        train_dataset, query_dataset = load_datasets(task, arguments)
+    else:
+        train_dataset, query_dataset = load_train_dataset(task, arguments), own_queries.examples
     num_train, num_queries = len(train_dataset), len(query_dataset)
     profiler, output_dir = Profiler(runtime), Path(arguments.output_dir)
 
@@ -91,6 +100,8 @@ def _run(task_class: type[ExampleTask], arguments, runtime: Runtime, made_by: st
             use_empirical_fisher=bool(arguments.use_empirical_fisher),
             overwrite=bool(arguments.overwrite),
             made_by=made_by,
+            own_queries=own_queries is not None,
+            sum_queries=bool(arguments.sum_queries),
             scores_suffix=arguments.scores_suffix or "",
             progress_interval=arguments.progress_interval,
             profiler=profiler,
@@ -127,18 +138,24 @@ def _run(task_class: type[ExampleTask], arguments, runtime: Runtime, made_by: st
     peak, planned = gigabytes(runtime.peak_memory()), gigabytes(study.planned_memory)
     runtime.print(f"Peak memory {peak} (planned {planned})\n")
     if runtime.is_main:
-        _report(task, study, scores, query_dataset, arguments.show_queries)
+        _report(task, study, scores, query_dataset, own_queries, arguments)
         if of_self:
             print(describe_self_influence(task, study, list(scores)))
 
 
 def load_datasets(task: ExampleTask, arguments) -> tuple[Sequence[Any], Sequence[Any]]:
     """(training examples, queries), as many of each as the flags say; UserError if the data is no longer the same."""
-    num_train = check_size(arguments, "num_train", len(task.load_dataset("train")), "training set")
     num_queries = check_size(arguments, "num_queries", len(task.load_dataset("validation")), "validation set")
+    train_dataset = load_train_dataset(task, arguments)
+    return train_dataset, task.load_dataset("validation", range(num_queries))
+
+
+def load_train_dataset(task: ExampleTask, arguments) -> Sequence[Any]:
+    """The first of `load_datasets`."""
+    num_train = check_size(arguments, "num_train", len(task.load_dataset("train")), "training set")
     train_dataset = task.load_dataset("train", range(num_train))
     require_same_data(task, arguments, train_dataset)
-    return train_dataset, task.load_dataset("validation", range(num_queries))
+    return train_dataset
 
 
 def _batch_size(arguments, flag: str, num_examples: int, runtime: Runtime) -> int:
@@ -149,36 +166,75 @@ def _batch_size(arguments, flag: str, num_examples: int, runtime: Runtime) -> in
     return min(value, num_examples)
 
 
-def _report(task, study, scores: dict[str, Tensor], query_dataset, show_queries: int) -> None:
-    shown = next(iter(scores))
-    for index in range(min(show_queries, len(query_dataset))):
-        print(describe_query(task, scores[shown], query_dataset, study.train_dataset, index, shown))
-    if len(query_dataset) and task.topic(query_dataset[0]) is not None:
-        print(describe_topics(task, scores, query_dataset, study.train_dataset))
+def _report(
+    task: ExampleTask, study: Study, scores: dict[str, Tensor], query_dataset, own_queries: OwnQueries | None, arguments
+) -> None:
+    shown, train_dataset, num_queries = next(iter(scores)), study.train_dataset, len(query_dataset)
+    num_shown = arguments.show_queries
+    if own_queries is not None and "show_queries" not in arguments.given:
+        num_shown = SHOWN_OWN
+    if study.sum_queries:
+        if num_shown:
+            print(describe_sum(task, scores[shown][0], num_queries, train_dataset, shown))
+    else:
+        for index in range(min(num_shown, num_queries)):
+            origin = None if own_queries is None else own_queries.origins[index]
+            print(describe_query(task, scores[shown], query_dataset, train_dataset, index, shown, origin))
+        if own_queries is not None and num_queries > num_shown:
+            print(f"{num_queries - num_shown} more queries are not shown (--show_queries {num_queries} shows all)\n")
+        if num_queries and task.topic(query_dataset[0]) is not None:
+            print(describe_topics(task, scores, query_dataset, train_dataset))
+    rows = f"sum of {num_queries} queries" if study.sum_queries else "queries"
     for name, matrix in scores.items():
-        path = study.score_store(study.result_name(name)).directory
+        path = pairwise_score_store(study, name, query_dataset, arguments.damping_factor).directory
         print(
-            f"Scores ({name}): {tuple(matrix.shape)} [queries, training examples] in {path}/pairwise_scores.safetensors"
+            f"Scores ({name}): {tuple(matrix.shape)} [{rows}, training examples] in {path}/pairwise_scores.safetensors"
         )
 
 
-def describe_query(task, scores: Tensor, query_dataset, train_dataset, index: int, strategy: str) -> str:
-    """A query and its most influential training example, as text."""
+def describe_query(
+    task: ExampleTask,
+    scores: Tensor,
+    query_dataset,
+    train_dataset,
+    index: int,
+    strategy: str,
+    origin: str | None = None,
+) -> str:
+    """A query and its most influential training example, as text.
+
+    Args:
+        origin: where the query is from, if not from the validation split.
+    """
     score, best = scores[index].max(0)
     query, train = query_dataset[index], train_dataset[int(best)]
-    whence, train_whence = _whence(task, "validation", index, query), _whence(task, "train", int(best), train)
+    whence = _whence(task, query, origin or task.origin("validation", index))
     parts = [f"Query {index}{whence}", _indent(task.describe(query))]
     parts += [
-        f"  Most influential training sequence ({strategy}): {int(best)}{train_whence}, score {score:.4g}",
+        f"  Most influential training sequence ({strategy}): {_name(task, int(best), train)}, score {score:.4g}",
         _indent(task.describe(train)),
     ]
     return "\n".join(parts) + "\n"
 
 
-def _whence(task: ExampleTask, split: str, index: int, example) -> str:
+def describe_sum(task: ExampleTask, scores: Tensor, num_queries: int, train_dataset, strategy: str) -> str:
+    """The most influential training examples for the queries together, as text; scores: [training examples]."""
+    parts = [f"Most influential training sequences ({strategy}) for {num_queries} queries together"]
+    for score, best in zip(*scores.topk(min(TOP, len(scores)))):
+        train = train_dataset[int(best)]
+        parts += [f"  {_name(task, int(best), train)}, score {score:.4g}", _indent(task.describe(train))]
+    return "\n".join(parts) + "\n"
+
+
+def _name(task: ExampleTask, index: int, train) -> str:
+    """Of a training example: its number, and where it is from."""
+    return f"{index}{_whence(task, train, task.origin('train', index))}"
+
+
+def _whence(task: ExampleTask, example, origin: str | None) -> str:
     """What is known of where an example is from."""
     topic = task.topic(example)
-    known = [f"topic: {topic}" if topic is not None else None, task.origin(split, index)]
+    known = [f"topic: {topic}" if topic is not None else None, origin]
     text = ", ".join(each for each in known if each)
     return f" ({text})" if text else ""
 

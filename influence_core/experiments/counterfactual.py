@@ -30,7 +30,7 @@ def _run(task_class: type[ExampleTask], arguments) -> None:
     if sizes[-1] >= num_train:
         raise UserError(f"--removal_sizes {sizes[-1]} leaves nothing of the training set, which has {num_train}")
     num_queries = check_size(arguments, "num_counterfactual_queries", len(experiment.query_dataset), "queries")
-    stored = load_all_scores(arguments.scores, experiment, baseline=False)
+    stored = load_all_scores(arguments.scores, experiment, baseline=False, num_summed=num_queries)
     scores = {name: each.matrix for name, each in stored.items()}
     if RANDOM in scores:
         raise UserError(f"scores named {RANDOM!r} can't be told from random removal: rename their directory")

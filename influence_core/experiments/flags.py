@@ -74,7 +74,19 @@ def _add_saving_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_result_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", help="where factors, scores and the results of experiments lie")
-    parser.add_argument("--num_queries", type=int, help="use the first so many validation examples (default: all)")
+    parser.add_argument("--num_queries", type=int, help="use the first so many validation examples, or of "
+                        "--query_file (default: all)")  # fmt: skip
+
+
+def _add_query_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--query_text", nargs="+", metavar="TEXT", help="ask about texts of your own in place of the "
+                        "validation set's, each a query, where an example is one text")  # fmt: skip
+    parser.add_argument("--query_file", metavar="FILE", help="the same of JSON lines, each a query with the fields "
+                        "that the dataset's rows have; several sets lie side by side, in "
+                        "scores_<strategy>_queries-<digest>")  # fmt: skip
+    parser.add_argument("--sum_queries", action="store_true", help="score the sum of the queries' gradients, "
+                        "[1, training examples], at the price of one query; stored in "
+                        "scores_<strategy>_sum")  # fmt: skip
 
 
 def _add_analyze_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,7 +121,8 @@ def _add_analyze_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report_queries", type=int, help="queries whose scores are looked into")
     parser.add_argument("--self_influence", action="store_true", help="also each training example's own score, "
                         "which is high for what is mislabelled or odd")  # fmt: skip
-    parser.add_argument("--show_queries", type=int, help="show so many queries with their most influential sequence")
+    parser.add_argument("--show_queries", type=int, help="show so many queries with their most influential "
+                        "sequence; of your own, 20 by default")  # fmt: skip
 
 
 def _add_figure_arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,7 +131,8 @@ def _add_figure_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_retraining_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scores", nargs="+", help="what to evaluate: NAME of <output_dir>/scores_NAME, a path, or "
-                        "tfidf, a baseline that knows no model (default: all of --output_dir, and tfidf)")  # fmt: skip
+                        "tfidf, a baseline that knows no model (default: all of --output_dir but sums and those of "
+                        "your own queries, and tfidf)")  # fmt: skip
     parser.add_argument("--num_repeats", type=int, help="retrainings of each subset, with other seeds")
     parser.add_argument("--bank_dir", help="where retrainings are kept (default: <output_dir>/retrainings)")
 
@@ -136,7 +150,8 @@ def _add_lds_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_counterfactual_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--num_counterfactual_queries", type=int, help="sum the scores over the first so many queries")
+    parser.add_argument("--num_counterfactual_queries", type=int, help="sum the scores over the first so many queries; "
+                        "of --scores NAME_sum (analyze.py --sum_queries), as many as that is of")  # fmt: skip
     parser.add_argument("--removal_sizes", type=int, nargs="+", help="numbers of training examples to remove")
 
 
@@ -149,7 +164,8 @@ def _add_half_precision_arguments(parser: argparse.ArgumentParser) -> None:
 
 SCRIPTS = {
     "train": [_add_pass_arguments, _add_recipe_arguments, _add_saving_arguments, _add_writer_arguments],
-    "analyze": [_add_result_arguments, _add_pass_arguments, _add_analyze_arguments, _add_writer_arguments],
+    "analyze": [_add_result_arguments, _add_query_arguments, _add_pass_arguments, _add_analyze_arguments,
+                _add_writer_arguments],
     "evaluate_lds": [_add_result_arguments, _add_retraining_arguments, _add_lds_arguments, _add_figure_arguments,
                      _add_pass_arguments, _add_recipe_arguments],
     "run_counterfactual": [_add_result_arguments, _add_retraining_arguments, _add_counterfactual_arguments,

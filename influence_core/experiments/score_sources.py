@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from influence_core.errors import UserError
-from influence_core.scores.stored import SCORES
+from influence_core.fingerprints import dataset_fingerprint
+from influence_core.scores.stored import OWN_QUERIES, SCORES, SUM_QUERIES
 from influence_core.storage import StageStore, differences
 
 TFIDF = "tfidf"
@@ -24,24 +25,30 @@ FILE = "pairwise_scores.safetensors"
 class Scores:
     """Pairwise scores, and what made them (empty where that is not known)."""
 
-    matrix: np.ndarray  # [queries, training examples]
+    matrix: np.ndarray  # [queries, training examples]; of a sum [1, training examples]
     settings: dict[str, Any]
     scale: float | None = None  # score / scale: the predicted change of leaving the example out; None: ranks alone
 
 
-def load_all_scores(names: Sequence[str] | None, experiment, baseline: bool = True) -> dict[str, Scores]:
-    """{name: scores} of the names given, or of all that --output_dir holds and the baseline.
+def load_all_scores(
+    names: Sequence[str] | None, experiment, baseline: bool = True, num_summed: int | None = None
+) -> dict[str, Scores]:
+    """{name: scores} of the names given, or of all that --output_dir holds for these queries, and the baseline.
 
+    Args:
+        num_summed: sums of the first so many queries may be named as well; None: a row of each query is needed.
     Raises:
         UserError: there are none, or they are of another model or other data than the experiment's.
     """
     if names is None:
-        found = sorted(experiment.output_dir.glob(f"scores_*/{FILE}"))
-        names = [path.parent.name.removeprefix("scores_") for path in found]
+        found = sorted(path.parent for path in experiment.output_dir.glob(f"scores_*/{FILE}"))
+        names = [path.name.removeprefix("scores_") for path in found if not _is_for_itself(path)]
         names.sort(key=lambda name: (not name.startswith("ekfac"), name))  # the first one's top sequence is shown
         if not names:
+            others = ", ".join(path.name.removeprefix("scores_") for path in found)
+            but = f" but sums or those of your own queries ({others})" if others else ""
             raise UserError(
-                f"no scores in {experiment.output_dir}: make them with `python {experiment.task.name}/analyze.py "
+                f"no scores in {experiment.output_dir}{but}: make them with `python {experiment.task.name}/analyze.py "
                 f"--checkpoint_dir {experiment.arguments.checkpoint_dir} --output_dir {experiment.output_dir}`, or "
                 "name them with --scores"
             )
@@ -51,10 +58,17 @@ def load_all_scores(names: Sequence[str] | None, experiment, baseline: bool = Tr
     labels = [Path(name).name.removeprefix("scores_") for name in names]
     if len(set(labels)) < len(labels):
         labels = [str(Path(name).parent / label) for name, label in zip(names, labels)]
-    return {label: _load(name, experiment) for label, name in zip(labels, names)}
+    return {label: _load(name, experiment, num_summed) for label, name in zip(labels, names)}
 
 
-def _load(name: str, experiment) -> Scores:
+def _is_for_itself(directory: Path) -> bool:
+    """Whether scores are of the user's own queries, or of a sum: such are taken only where they are named."""
+    store = StageStore(directory, "pairwise_scores", {})
+    settings = store.manifest()["settings"] if store.manifest_path.exists() else {}
+    return bool(settings.get(OWN_QUERIES) or settings.get(SUM_QUERIES))
+
+
+def _load(name: str, experiment, num_summed: int | None) -> Scores:
     if name == TFIDF:
         texts = ([experiment.task.describe(x) for x in part] for part in experiment.datasets)
         return Scores(tfidf_scores(*texts), {})
@@ -65,7 +79,7 @@ def _load(name: str, experiment) -> Scores:
         there = f"there are {', '.join(stored)}" if stored else "there are none"
         raise UserError(f"no scores {name!r} in {experiment.output_dir} ({there}), and no such path")
     if (path / "pairwise_scores.json").exists():
-        scores = _load_own(name, path, experiment)
+        scores = _load_own(name, path, experiment, num_summed)
     else:  # made elsewhere
         file = path / FILE if path.is_dir() else path
         try:
@@ -77,19 +91,26 @@ def _load(name: str, experiment) -> Scores:
             scores = Scores(matrix.float().numpy(), {})
         except (OSError, SafetensorError, KeyError, TypeError) as error:
             raise UserError(f"{file} can't be read as scores, a safetensors file with {SCORES!r} ({error})") from None
-    _check_shape(name, scores.matrix.shape, experiment)
+    if not scores.settings.get(SUM_QUERIES):
+        _check_shape(name, scores.matrix.shape, experiment)
     if not np.isfinite(scores.matrix).all():
         raise UserError(f"scores {name!r} hold numbers that are not finite")
     return scores
 
 
-def _load_own(name: str, path: Path, experiment) -> Scores:
+def _load_own(name: str, path: Path, experiment, num_summed: int | None) -> Scores:
     """What analyze.py stored, of this checkpoint and these data."""
     store = StageStore(path, "pairwise_scores", {})
     manifest = store.manifest()
     settings = manifest["settings"]
-    _check_shape(name, (settings["num_queries"], settings["num_train"]), experiment)
     queries, train = experiment.dataset_fingerprints
+    if settings.get(OWN_QUERIES):
+        raise UserError(f"scores {name!r} are of queries of your own (--query_text, --query_file): retraining measures "
+                        "those of the validation set")  # fmt: skip
+    if settings.get(SUM_QUERIES):
+        queries = _fingerprint_of_summed(name, settings, experiment, num_summed)
+    else:
+        _check_shape(name, (settings["num_queries"], settings["num_train"]), experiment)
     expected = {"model": experiment.checkpoint_fingerprint, "train_dataset": train, "query_dataset": queries}
     if settings["model"] != expected["model"] and settings["model"] in experiment.step_fingerprints:
         expected["model"] = settings["model"]
@@ -104,6 +125,20 @@ def _load_own(name: str, path: Path, experiment) -> Scores:
         )
     matrix = store.load()["pairwise_scores"][SCORES].numpy()
     return Scores(matrix, settings, manifest["counts"].get("scale"))
+
+
+def _fingerprint_of_summed(name: str, settings: dict[str, Any], experiment, num_summed: int | None) -> str:
+    """Of the queries that a sum has to be of."""
+    if num_summed is None:
+        raise UserError(f"scores {name!r} are of the sum of all queries (--sum_queries), and here each query has its "
+                        "own: only run_counterfactual.py takes a sum")  # fmt: skip
+    if settings["num_queries"] != num_summed:
+        raise UserError(
+            f"scores {name!r} are of the sum of {settings['num_queries']} queries, and here the first {num_summed} "
+            f"count: give --num_counterfactual_queries {settings['num_queries']}, or run analyze.py --sum_queries with "
+            f"--num_queries {num_summed}"
+        )
+    return dataset_fingerprint(experiment.query_dataset[:num_summed])
 
 
 def _check_shape(name: str, shape: Sequence[int], experiment) -> None:

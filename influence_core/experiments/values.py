@@ -32,7 +32,9 @@ _NAMES = (
     "measurements",
     "scores",
     "scores_suffix",
+    "query_file",
 )  # flags that say where files are, beside ..._dir, ..._path
+_OTHERS_SUFFIX = re.compile(r"half$|sum(_|$)|queries-")  # by which directories of other scores are known
 _MAY_BE_EMPTY = ("separator", "source_prefix", "config_overrides")
 
 
@@ -47,8 +49,12 @@ def check_values(arguments: argparse.Namespace) -> None:
     if (getattr(arguments, "subset_fraction", None) or 0.5) >= 1:
         raise UserError(f"--subset_fraction must be below 1, not {arguments.subset_fraction}")
     suffix = getattr(arguments, "scores_suffix", None)
-    if suffix is not None and (not re.fullmatch(r"[\w.-]+", suffix) or suffix == "half"):
-        raise UserError(f"--scores_suffix is a word of letters, digits and -_. other than half, not {suffix!r}")
+    if suffix is not None and (not re.fullmatch(r"[\w.-]+", suffix) or _OTHERS_SUFFIX.match(suffix)):
+        raise UserError(
+            f"--scores_suffix is a word of letters, digits and -_. other than half, sum or queries-…, not {suffix!r}"
+        )
+    if getattr(arguments, "query_text", None) and arguments.query_file:
+        raise UserError("--query_text and --query_file are both given: put all queries into the file")
     last = max(getattr(arguments, "save_at", None) or [0])
     if last and last > arguments.num_train_epochs:
         raise UserError(f"--save_at {last:g} is after the end of a training of {arguments.num_train_epochs} epochs")

@@ -39,7 +39,9 @@ class ClassificationTask(TransformerTask):
     def add_arguments(parser):
         PretrainedTask.add_arguments(parser)
         parser.add_argument("--max_length", type=int, help="tokens of a row; longer ones are cut")
-        parser.add_argument("--label_column", help="the dataset's column of classes")
+        parser.add_argument("--label_column", help="the dataset's column of classes; of a query, it is the class "
+                        "asked about: the measurement is its margin, its logit less the logsumexp of the others', "
+                        "negative")  # fmt: skip
 
     @property
     def label_column(self) -> str:

@@ -269,7 +269,7 @@ def check_columns(rows: "Dataset", kinds: Mapping[str, Kind], source: str, where
             row, value = min(wrong, key=lambda each: each[1] is not None)
             others = f" ({len(wrong) - 1} more rows are wrong)" if len(wrong) > 1 else ""
             raise UserError(
-                f"{source}: {where(row)} has {_shown(value)} as {column!r}, which has to be {kind}{others}: "
+                f"{source}: {where(row)} has {shown(value)} as {column!r}, which has to be {kind}{others}: "
                 f"{kind.remedy(_cells(rows, column))}"
             )
         if objection := kind.objection(_cells(rows, column)):
@@ -281,7 +281,8 @@ def _cells(rows: "Dataset", column: str) -> Iterator[Any]:
         yield from part[column]
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A wrong value, as a message names it."""
     if value is None:
         return "nothing (null)"
     text = repr(value)

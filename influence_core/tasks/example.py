@@ -3,13 +3,15 @@
 import argparse
 import os
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from influence_core.errors import UserError
 from influence_core.task import Batch, InfluenceTask
+from influence_core.tasks.columns import Kind
 
 MEASUREMENT = "measurement"
 
@@ -55,6 +57,29 @@ class ExampleTask(InfluenceTask):
     @abstractmethod
     def load_dataset(self, split: str, indices: Sequence[int] | None = None) -> Sequence[Any]:
         """The examples of "train" or "validation", all of them or those at `indices`."""
+
+    def row_fields(self) -> dict[str, tuple[str, Kind]]:
+        """{the task's name of a column: (the user's, what its cells have to be)}, of rows that `examples_of` takes.
+
+        Raises:
+            UserError: the task makes no examples of rows of the user's own.
+        """
+        raise UserError(f"{self.name} takes no queries of one's own")
+
+    def examples_of(self, rows: Sequence[Mapping[str, Any]], name: Callable[[int], str]) -> Sequence[Any]:
+        """Examples of the user's own rows, one of each, as those of the dataset are made.
+
+        Args:
+            rows: the cells by the task's names.
+            name: of a row, by its index.
+        Raises:
+            UserError: no example can be made of a row, which is named.
+        """
+        raise UserError(f"{self.name} takes no queries of one's own")
+
+    def cut_rows(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
+        """{flag that limits tokens: which of the user's own rows have more than it allows}"""
+        return {}
 
     @abstractmethod
     def describe(self, example: Any) -> str:

@@ -95,6 +95,24 @@ def longer_lists(rows: "Dataset", paths: Sequence[str]) -> list[str]:
     return notes
 
 
+def cell_of(row: Mapping[str, Any], path: str) -> Any:
+    """The part of a row that `with_nested` would make a cell of, or the cell of a column's own name.
+
+    Raises:
+        LookupError: there is none.
+    """
+    column, parts = _split(row, path)
+    value = row[column]
+    for part in parts:
+        if isinstance(value, list) and _is_place(part):
+            value = value[int(part)]
+        elif isinstance(value, Mapping):
+            value = value[part]
+        else:
+            raise LookupError(path)
+    return value
+
+
 def _split(columns: Sequence[str] | Mapping[str, Any], path: str) -> tuple[str, list[str]]:
     """(the column, what follows); a column's own name may have dots."""
     pieces = path.split(NESTED)

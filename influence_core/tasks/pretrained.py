@@ -247,6 +247,15 @@ class PretrainedTask(ExampleTask):
             self.dataset_source, self.dataset_config, usual, self.split_sources, wanted, self.holds_out_the_end
         )
 
+    def row_fields(self):
+        """Columns as the dataset calls them: by their flags, or as they were found there."""
+        if not self.is_demo:
+            self.row_source.part("train")  # which finds them
+        return {name: (each.given or name, each.kind) for name, each in self.row_source.wanted.items()}
+
+    def examples_of(self, rows, name):
+        return Examples(rows, self.rows_at_once, self.tokenized, name)[:]
+
     def origin(self, split, index):
         if self.is_demo:
             return None

@@ -6,6 +6,7 @@ A task of a kind says how its examples become the model's inputs (`model_inputs`
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -186,6 +187,16 @@ class TransformerTask(PretrainedTask):
             flag: sum(self.num_tokens(example, stream) >= limit for example in examples)
             for flag, (stream, limit) in limits.items()
         }
+
+    def cut_rows(self, rows):
+        """Told by the token that there is when one more is allowed."""
+        cut = {}
+        for stream, flag in self.position_limits.items():
+            limit, wider = getattr(self, flag), copy(self)
+            setattr(wider, flag, limit + 1)
+            lengths = [wider.num_tokens(example, stream) for example in wider.examples_of(rows, str)]
+            cut[flag] = [index for index, length in enumerate(lengths) if length > limit]
+        return cut
 
     # ------------------------------------------------------------------------------------- the model, fit for the task
 
