@@ -100,7 +100,10 @@ def looked_into(directory, runtime):
         for name in STRATEGIES:
             found.append(study.score_store(name, "self_influence").load()["self_influence"]["all_modules"])
             found += [parts[name].by_layer, *parts[name].train_tokens, *parts[name].query_tokens]
-    return found
+    study = make_study(directory / "sum", Told(), num_train=7, runtime=runtime, sum_queries=True)
+    score(study, ["ekfac"])
+    parts = explain(study, {"ekfac": [(0, 2), (0, 5), (0, 6)]}, study.task.load_dataset("validation"), DAMPING)["ekfac"]
+    return [*found, parts.by_layer, *parts.train_tokens]
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

@@ -239,6 +239,23 @@ def test_parts_sum_to_the_score_in_fewer_digits(tmp_path, precision, tolerance):
         require_sums(scores[strategy], parts[strategy], tolerance)
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_parts_of_a_sum_of_queries_are_the_sums_of_theirs(tmp_path, strategy):
+    task = Told()
+    model, train, queries = task.load_model().double(), task.load_dataset("train"), task.load_dataset("validation")
+    runtime, found = Runtime(precision=FLOAT64, seed=SEED), []
+    for sum_queries in (False, True):
+        study = Study(task, model, train, tmp_path / str(sum_queries), runtime, sum_queries=sum_queries)
+        scores = analyze(study, [strategy], queries, DAMPING, **SIZES)[strategy]
+        pairs = [(query, index) for query in range(len(scores)) for index in (3, 0)]
+        found.append(explain(study, {strategy: pairs}, queries, DAMPING, **SIZES)[strategy])
+    each, of_sum = found
+    assert of_sum.pairs == [(0, 3), (0, 0)] and of_sum.query_tokens is None
+    assert relative_error(of_sum.by_layer, sum(each.by_layer.split(2))) < 1e-9
+    for number, tokens in enumerate(of_sum.train_tokens):
+        assert relative_error(tokens, sum(each.train_tokens[number::2])) < 1e-9
+
+
 def test_parts_are_found_again_and_those_of_other_pairs_give_way(tmp_path, capsys):
     task = Told()
     scores, parts, study = run(tmp_path, task, task.load_model().double(), ["ekfac"])

@@ -253,7 +253,7 @@ def describe_self_influence(task, study, strategies: Sequence[str]) -> str:
         store = study.score_store(study.result_name(name), SELF_INFLUENCE)
         values, indices = store.load()[SELF_INFLUENCE][SCORES].topk(min(TOP, len(study.train_dataset)))
         found = (
-            f"{index}{_whence(task, 'train', index, study.train_dataset[index])} {value:.4g}"
+            f"{_name(task, index, study.train_dataset[index])} {value:.4g}"
             for value, index in zip(values.tolist(), indices.tolist())
         )
         lines.append(f"Highest self-influence ({name}): {', '.join(found)}")

@@ -60,7 +60,7 @@ class Rows(Captured):
 
     def as_one(self):
         return Rows(
-            [(end_to_end(ids), end_to_end(gradients)) for ids, gradients in self.lookups],
+            [replace(x, ids=end_to_end(x.ids), gradients=end_to_end(x.gradients), spans=()) for x in self.lookups],
             [positions.as_one() for positions in self.logits],
             [replace(loss, hidden=end_to_end(loss.hidden), targets=end_to_end(loss.targets)) for loss in self.losses],
         )

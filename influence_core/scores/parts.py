@@ -28,6 +28,8 @@ from influence_core.fingerprints import digest
 from influence_core.layers import TrackedLayer
 from influence_core.memory import slices
 from influence_core.scores.cost import preconditioning_chunk
+from influence_core.scores.gradients import PerSampleGradients
+from influence_core.scores.query_sum import preconditioned_sum
 from influence_core.scores.tokens import TokenPlaces, token_counts
 from influence_core.storage import StageStore
 from influence_core.study import Study
@@ -130,9 +132,9 @@ def compute_score_parts(
     budget: int,
     by_token: bool = True,
 ) -> ScoreParts:
-    """The parts of these pairs' scores.
+    """The parts of these pairs' scores; of scores of a sum of queries, its parts by layer and by the examples' tokens.
 
-    Several processes share the queries.
+    Several processes share the queries, or the training examples of a sum.
 
     Args:
         factor_stores: what fit_factors returned for the strategy.
@@ -148,7 +150,7 @@ def compute_score_parts(
     longest = max(study.lengths([query_dataset[query] for query in queries]), default=0)
     groups, at_once = _fit(study, longest * study.task.rows_per_example, budget)
     with study.runtime.progress(len(queries) * len(groups), "Score parts", unit="query") as bar:
-        mine = queries[study.runtime.rank :: study.runtime.world_size]
+        mine = queries if study.sum_queries else queries[study.runtime.rank :: study.runtime.world_size]
         for group in groups:
             preconditioners = load_preconditioners(
                 study, {strategy_name: factor_stores}, [strategy_name], group, damping
@@ -203,12 +205,14 @@ class _PartsJob:
         self.layer_index = {layer.name: number for number, layer in enumerate(study.layers)}
         self.by_layer = torch.zeros(len(pairs), len(study.layers), **zeros)
         self.train_tokens = self.query_tokens = None
+
+        def zeros_of(example: Any) -> Tensor:
+            return torch.zeros(1 + sum(map(sum, token_counts(self.task, example).values())), **zeros)
+
         if by_token:
-            sides = [[study.train_dataset[t] for _, t in pairs], [query_dataset[q] for q, _ in pairs]]
-            self.train_tokens, self.query_tokens = (
-                [torch.zeros(1 + sum(map(sum, token_counts(self.task, x).values())), **zeros) for x in side]
-                for side in sides
-            )
+            self.train_tokens = [zeros_of(study.train_dataset[index]) for _, index in pairs]
+        if by_token and not study.sum_queries:
+            self.query_tokens = [zeros_of(query_dataset[query]) for query, _ in pairs]
 
     def result(self) -> ScoreParts:
         """On the CPU, of all processes together."""
@@ -216,10 +220,11 @@ class _PartsJob:
         flat = torch.cat([self.by_layer.flatten(), *tokens])
         self.study.runtime.all_reduce([flat])
         by_layer, *tokens = flat.cpu().split([self.by_layer.numel(), *map(len, tokens)])
-        num = len(self.pairs) if self.train_tokens is not None else 0
-        sides = (tokens[:num], tokens[num:]) if num else (None, None)
+        num = len(self.pairs)
+        of_train = None if self.train_tokens is None else tokens[:num]
+        of_queries = None if self.query_tokens is None else tokens[num:]
         layers = [layer.label for layer in self.study.layers]
-        return ScoreParts(self.pairs, layers, by_layer.view_as(self.by_layer), *sides)
+        return ScoreParts(self.pairs, layers, by_layer.view_as(self.by_layer), of_train, of_queries)
 
     def add(self, group: list[TrackedLayer], preconditioners: dict[str, Preconditioner], tile: list[int]) -> None:
         """The parts of these layers, for the pairs of these queries."""
@@ -230,6 +235,8 @@ class _PartsJob:
             if query in queries:
                 numbers.setdefault(index, []).append(number)
         order = self._by_length(study.train_dataset, list(numbers))
+        if study.sum_queries:  # that every process has
+            order = order[study.runtime.rank :: study.runtime.world_size]
         with study.gradient_pass(study.task.train_loss, group) as run:
             captures = study.captures(run, study.train_dataset, order, self.train_batch_size, "training loss")
             for indices, captured in captures:
@@ -251,10 +258,20 @@ class _PartsJob:
         places.add(totals, row, layer.products_by_position(captured, directions))
         for number, query, of_train in zip(numbers, of_queries, totals):
             self.train_tokens[number] += of_train
+            if self.query_tokens is None:
+                continue
             products = layer.products_by_position(query.captured[layer.name], direction.unsqueeze(0))
             query.places.add(self.query_tokens[number].unsqueeze(0), query.row, products)
 
     def _queries(self, group, preconditioners, tile: list[int]) -> dict[int, _Query]:
+        """By number; where queries are summed, their sum is the only one."""
+        if self.study.sum_queries:
+            gradients = PerSampleGradients(self.study)
+            sums = preconditioned_sum(
+                self.study, self.query_dataset, self.query_batch_size, group, preconditioners, gradients
+            )
+            directions = {layer.name: layer.to_matrix(sums[layer.name])[0].to(self.dtype) for layer in group}
+            return {0: _Query({}, directions, None, 0)}
         queries: dict[int, _Query] = {}
         with self.study.gradient_pass(self.task.measurement, group) as run:
             order = self._by_length(self.query_dataset, tile)
