@@ -14,12 +14,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from influence_core.errors import UserError
 from influence_core.launch import Launch
 from influence_core.memory import free_system_memory
 from influence_core.precision import Precision
+from influence_core.progress import Progress, progress
 
 # One process may wait for another's share, or for what only rank 0 does, as long as that takes. The dead are not waited
 # for: torchrun ends the job when a process does.
@@ -107,11 +107,9 @@ class Runtime:
         """Print, from whichever process it concerns."""
         print(text if self.is_main else f"(process {self.rank}) {text}", flush=True)
 
-    def progress(self, total: int, description: str, initial: int = 0, unit: str = "seq") -> tqdm:
-        """A progress bar with an estimate of the time left, on rank 0 only."""
-        return tqdm(
-            total=total, initial=initial, desc=description, unit=unit, disable=not self.is_main, dynamic_ncols=True
-        )
+    def progress(self, total: int, description: str, initial: int = 0, unit: str = "seq") -> Progress:
+        """Of work of this process, shown on rank 0 only."""
+        return progress(total, description, unit, initial, is_shown=self.is_main)
 
     def all_reduce(self, tensors: Iterable[Tensor]) -> None:
         """Sum each tensor (contiguous) over processes, in place."""

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from influence_core import progress
 from influence_core.errors import UserError
 from influence_core.experiments.bank import Retraining, RetrainingBank
 from tests.scripts import contents
@@ -195,7 +196,8 @@ def test_retrainings_of_another_recipe_are_refused_without_their_bank(tmp_path):
     assert len(Recorder(tmp_path / "log").done()) == 1
 
 
-def test_who_waits_says_for_whom(tmp_path, capfd):
+def test_who_waits_says_for_whom(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
     process = start(tmp_path, tmp_path / "log", 3, 1, 0, 1)
     wait_for(lambda: Recorder(tmp_path / "log").done())
     work(tmp_path, tmp_path / "log", 0, 1, 0, 1)

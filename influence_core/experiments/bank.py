@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from influence_core.errors import UserError
 from influence_core.files import (
@@ -33,6 +32,7 @@ from influence_core.files import (
     write_sealed_tensors,
 )
 from influence_core.locks import Held, holder_of, is_held, lock
+from influence_core.progress import progress
 from influence_core.storage import differences
 
 NAME = "bank.json"  # says what the retrainings have in common
@@ -156,16 +156,15 @@ class RetrainingBank:
                 self.load(each)
         start = len(retrainings) * rank // world_size
         todo = [each for each in retrainings[start:] + retrainings[:start] if not self.path(each).exists()]
-        with tqdm(total=len(retrainings), desc="Retrain", unit="run", disable=rank > 0, dynamic_ncols=True) as bar:
-            bar.initial = bar.n = len(retrainings) - len(todo)
-            bar.refresh()
+        done = len(retrainings) - len(todo)
+        with progress(len(retrainings), "Retrain", unit="run", initial=done, is_shown=rank == 0) as bar:
             while todo:
                 mine = next(filter(None, (self._try(each, retrain) for each in todo)), None)
-                todo = [each for each in todo if not self.path(each).exists()]
-                bar.update(len(retrainings) - len(todo) - bar.n)
+                before, todo = len(todo), [each for each in todo if not self.path(each).exists()]
+                bar.update(before - len(todo))
                 if todo and mine is None:
                     holder = next(filter(None, (holder_of(self._lock_path(each)) for each in todo)), "others")
-                    bar.set_postfix_str(f"waiting for {len(todo)} of {holder}")
+                    bar.note(f"waiting for {len(todo)} of {holder}")
                     time.sleep(WAIT_SECONDS)
 
     def _try(self, retraining: Retraining, retrain: Callable[[Retraining], dict[str, Tensor]]) -> bool:

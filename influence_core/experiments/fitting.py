@@ -8,10 +8,10 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from influence_core.errors import UserError
 from influence_core.experiments.resuming import TrainingState
+from influence_core.progress import Progress, progress
 from influence_core.tasks.example import ExampleTask
 
 
@@ -81,7 +81,7 @@ def fit(
     recipe: Recipe,
     seed: int,
     accelerator,
-    bar: tqdm | None = None,
+    bar: Progress | None = None,
     after_step: Callable[[int, nn.Module], None] = lambda step, model: None,
     state: TrainingState | None = None,
 ) -> nn.Module:
@@ -101,12 +101,13 @@ def fit(
     loader = DataLoader(dataset, recipe.train_batch_size, shuffle=True, generator=generator, collate_fn=task.collate)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     model.train()
+    bar = bar or Progress()
     total = recipe.num_steps(len(dataset), accelerator.num_processes)
     first = 0 if state is None else state.load(accelerator.unwrap_model(model), optimizer, generator)
     done = total // max(1, recipe.num_train_epochs) * first
-    if bar is not None and first:
+    if first:
         bar.write(f"Going on after epoch {first} of {recipe.num_train_epochs}")
-        bar.initial = bar.n = done
+        bar.start_from(done)
     for epoch in range(first, recipe.num_train_epochs):
         for step, batch in enumerate(loader):
             with accelerator.autocast():
@@ -121,10 +122,8 @@ def fit(
                 if not math.isfinite(value):
                     where = f"batch {step} of epoch {epoch}"
                     raise UserError(f"the training loss is {value} at or before {where}: lower --learning_rate")
-                if bar is not None:
-                    bar.set_postfix(loss=f"{value:.3f}", refresh=False)
-            if bar is not None:
-                bar.update()
+                bar.note(f"loss={value:.3f}", refresh=False)
+            bar.update()
             after_step(done, model)
         if state is not None and epoch + 1 < recipe.num_train_epochs:
             state.save(epoch + 1, accelerator.unwrap_model(model), optimizer, generator)
@@ -153,13 +152,16 @@ def evaluate(
     share = range(accelerator.process_index, len(dataset), accelerator.num_processes)
     loader = DataLoader([dataset[index] for index in share] or [dataset[0]], batch_size, collate_fn=task.collate)
     parts: dict[str, list[Tensor]] = {}
-    for batch in tqdm(loader, "Evaluate", leave=False, disable=not (show_progress and accelerator.is_main_process)):
-        batch = {key: value.to(accelerator.device) for key, value in batch.items()}
-        measured = task.evaluation_values(model, batch)
-        if generate:
-            measured |= task.generation_values(model, batch)
-        for name, values in measured.items():
-            parts.setdefault(name, []).append(values)
+    is_shown = show_progress and accelerator.is_main_process
+    with progress(len(loader), "Evaluate", unit="batch", leave=False, is_shown=is_shown) as bar:
+        for batch in loader:
+            batch = {key: value.to(accelerator.device) for key, value in batch.items()}
+            measured = task.evaluation_values(model, batch)
+            if generate:
+                measured |= task.generation_values(model, batch)
+            for name, values in measured.items():
+                parts.setdefault(name, []).append(values)
+            bar.update()
     gathered = {}
     for name, values in parts.items():
         whole = torch.zeros(len(dataset), dtype=torch.float64, device=accelerator.device)

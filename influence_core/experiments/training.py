@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
-from tqdm import tqdm
 
 from influence_core.errors import UserError
 from influence_core.experiments.arguments import check_size, parse
@@ -44,6 +43,7 @@ from influence_core.files import refuse_link, remove_leftovers, require_writable
 from influence_core.fingerprints import dataset_fingerprint, model_fingerprint
 from influence_core.launch import Launch
 from influence_core.locks import only_writer
+from influence_core.progress import progress
 from influence_core.runtime import LONGEST_WAIT
 from influence_core.tasks.example import ExampleTask, is_main_process
 
@@ -130,7 +130,7 @@ def _train(task: ExampleTask, arguments, record: dict[str, Any], accelerator: Ac
     if arguments.resume is not False:
         identity = json.loads(json.dumps(record | {"initial_model": model_fingerprint(model)}))
         state = TrainingState(checkpoint_dir / STATE, identity, accelerator.process_index, accelerator.num_processes)
-    with tqdm(total=num_steps, desc="Train", unit="step", disable=not accelerator.is_main_process) as bar:
+    with progress(num_steps, "Train", unit="step", is_shown=accelerator.is_main_process) as bar:
         model = fit(task, model, splits["train"], recipe, arguments.seed, accelerator, bar, after_step, state)
         model = accelerator.unwrap_model(model)
     _let_go_of_wrappers(accelerator)
