@@ -1,14 +1,18 @@
 """What several test files share."""
 
+import contextlib
 import os
+import pty
 import shutil
+import subprocess
+import termios
 
 import datasets
 import pytest
 import torch
 
 from influence_core import analysis
-from tests.scripts import ANALYZE, TRAIN, change_record, run
+from tests.scripts import ANALYZE, ROOT, TRAIN, change_record, run
 
 # Products this small lose more to a second thread, tenfold on a busy machine, than it gives; processes inherit it.
 torch.set_num_threads(1)
@@ -57,3 +61,23 @@ def spoiled(checkpoint, tmp_path):
 def datasets_cache(tmp_path, monkeypatch):
     """The datasets library's cache, out of the home directory."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def terminal():
+    """Run a command on a terminal: what it shows there."""
+
+    def shown_by(command) -> str:
+        ours, its = pty.openpty()
+        termios.tcsetwinsize(its, (50, 200))
+        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+        with subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=its, stderr=its, env=environment):
+            os.close(its)
+            shown = b""
+            with contextlib.suppress(OSError):  # how Linux says that nobody has the other end any more
+                while part := os.read(ours, 100_000):
+                    shown += part
+        os.close(ours)
+        return shown.decode()
+
+    return shown_by

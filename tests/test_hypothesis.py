@@ -14,7 +14,6 @@ from influence_core.batches import order_examples, shares
 from influence_core.captured import Positions, find_active_positions
 from influence_core.errors import UserError
 from influence_core.experiments.lds import linear_datamodeling_scores
-from influence_core.experiments.running import visible
 from influence_core.factors.covariance import CovarianceSums
 from influence_core.factors.lambdas import LambdaSums
 from influence_core.factors.strategies import STRATEGIES, Preconditioner
@@ -31,6 +30,7 @@ from influence_core.losses import cross_entropy, linear_cross_entropy
 from influence_core.precision import Precision
 from influence_core.runtime import Runtime
 from influence_core.tasks.pretrained import parse_overrides
+from influence_core.text import visible
 from tests import reference
 
 settings.register_profile("all", deadline=None, max_examples=40, derandomize=True)

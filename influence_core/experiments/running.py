@@ -5,20 +5,20 @@ exit code 2     bad input, a full disk, an output that nobody reads any more
 """
 
 import contextlib
-import io
 import os
 import resource
 import signal
 import sys
 import threading
-import unicodedata
 from collections.abc import Callable, Iterator
 
 import torch.distributed as dist
 
 from influence_core.errors import UserError, first_line
+from influence_core.experiments.output import OutputError, safe_output
 from influence_core.memory import is_out_of_memory
 from influence_core.tasks.example import is_main_process
+from influence_core.text import visible
 from influence_core.units import gigabytes
 
 LONGEST_LINE = 900  # characters
@@ -34,7 +34,7 @@ class _Signalled(KeyboardInterrupt):
 
 def run_script(script: Callable[[], None]) -> None:
     """Run a script's main function; bad input ends it with one line (of each process that meets it) and exit code 2."""
-    with _safe_output(), _signals():
+    with safe_output(), _signals():
         try:
             _refuse_little_memory()
             script()
@@ -95,74 +95,6 @@ def _end(line: str | None, code: int) -> None:
         if line:
             print(line, file=sys.stderr, flush=True)
     sys.exit(code)
-
-
-# ---------------------------------------------------------------------------------------------------------- output
-
-
-class OutputError(Exception):
-    """Standard output is closed, or full."""
-
-
-def visible(text: str) -> str:
-    """The text with its control characters shown as escapes: a terminal would act on them. Line breaks and tabs stay.
-
-    Among them are those that turn the direction of what follows, and half of a pair of surrogates.
-    """
-    return "".join(
-        character if character in "\n\t" or not _is_control(character) else ascii(character)[1:-1] for character in text
-    )
-
-
-def _is_control(character: str) -> bool:
-    category = unicodedata.category(character)
-    return category in ("Cc", "Cs") or unicodedata.bidirectional(character) in _TURNS
-
-
-_TURNS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
-
-
-class VisibleOutput:
-    """A stream for people: what they could not see is shown as an escape, what it can't write as a question mark."""
-
-    def __init__(self, stream):
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        text = visible(text)
-        encoding = getattr(self._stream, "encoding", None)
-        if encoding:
-            text = text.encode(encoding, "replace").decode(encoding)
-        self._do(lambda: self._stream.write(text))
-        return len(text)
-
-    def flush(self) -> None:
-        self._do(self._stream.flush)
-
-    def _do(self, action: Callable[[], object]) -> None:
-        try:
-            action()
-        except OSError as error:
-            raise OutputError(error.strerror or str(error)) from None
-
-    def __getattr__(self, name: str):
-        return getattr(self._stream, name)
-
-
-@contextlib.contextmanager
-def _safe_output() -> Iterator[None]:
-    stream = sys.stdout or io.StringIO()  # closed by who started it, so nobody wants it
-    if hasattr(sys.stderr, "reconfigure"):
-        sys.stderr.reconfigure(errors="backslashreplace")
-    with contextlib.redirect_stdout(VisibleOutput(stream)):
-        try:
-            yield
-        finally:
-            try:
-                stream.flush()
-            except OSError:  # told already; Python would tell it again at its end, and change the exit code
-                with contextlib.suppress(OSError, ValueError):
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 # --------------------------------------------------------------------------------------------------------- signals
