@@ -3,7 +3,6 @@
 import contextlib
 import io
 import os
-import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -34,8 +33,6 @@ SCRIPTS = {
     "half_precision_analysis": half_precision,
 }
 
-_BAR = re.compile(r"^[A-Z][\w ()]*: +\d+%\||^Generating \w+ split: ")  # a progress bar
-
 
 @dataclass
 class Outcome:
@@ -46,8 +43,8 @@ class Outcome:
     err: str
 
     def error(self, *contains: str) -> str:
-        """The one line of a refusal, checked: exit code 2, and nothing else on stderr but progress bars."""
-        lines = [line for line in re.split(r"[\r\n]+", self.err) if line.strip() and not _BAR.match(line)]
+        """The one line of a refusal, checked: exit code 2, and nothing else on stderr."""
+        lines = self.err.splitlines()
         assert self.code == 2, f"exit code {self.code}: {self.err}"
         assert len(lines) == 1 and lines[0].startswith("error: "), lines
         assert "Traceback" not in self.out

@@ -44,7 +44,6 @@ def test_directories_that_cannot_be_written(where, checkpoint, tmp_path):
     trained = run("train", *TRAIN, "--checkpoint_dir", directory)
     for outcome in (analyzed, trained):
         outcome.error(str(directory), "can't be written")
-        assert "Fit Covariance" not in outcome.err and "Train" not in outcome.err
     assert contents(tmp_path) == {"file": b"a file"}
 
 

@@ -254,7 +254,7 @@ def test_splits_have_types_of_their_own(tmp_path):
 
 
 def test_data_that_can_t_load_as_a_process(tmp_path):
-    """One line alone on stderr, but for progress: what datasets logs is in it, and no traceback."""
+    """One line alone on stderr: what datasets logs is in it, and no traceback."""
     directory = tmp_path / "data"
     directory.mkdir()
     (directory / "train.jsonl").write_text(GOOD + '{"text": "c\n')

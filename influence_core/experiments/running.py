@@ -17,6 +17,7 @@ import torch.distributed as dist
 from influence_core.errors import UserError, first_line
 from influence_core.experiments.output import OutputError, safe_output
 from influence_core.memory import is_out_of_memory
+from influence_core.tasks.bars import quiet_libraries
 from influence_core.tasks.example import is_main_process
 from influence_core.text import visible
 from influence_core.units import gigabytes
@@ -34,7 +35,7 @@ class _Signalled(KeyboardInterrupt):
 
 def run_script(script: Callable[[], None]) -> None:
     """Run a script's main function; bad input ends it with one line (of each process that meets it) and exit code 2."""
-    with safe_output(), _signals():
+    with safe_output(), quiet_libraries(), _signals():
         try:
             _refuse_little_memory()
             script()

@@ -12,6 +12,7 @@ from influence_core.losses import IGNORED
 from influence_core.task import Batch
 from influence_core.tasks.example import MEASUREMENT, is_main_process
 from influence_core.tasks.head import TokenScores, head_is_matrix, token_scores
+from influence_core.tasks.loading import overheard
 from influence_core.tasks.observed import undisturbed
 from influence_core.tasks.transformer import TransformerTask, unwrapped
 
@@ -40,7 +41,8 @@ class LanguageModelTask(TransformerTask):
 
     @torch.no_grad()
     def observe_head(self, model, batch, observed):
-        with undisturbed(model):
+        # It warns of each model whose class is not named after its loss, such as GPT-2: what that gives is seen here.
+        with undisturbed(model), overheard("transformers", lambda record: "`loss_type=" in record.getMessage()):
             inputs = self.model_inputs(model, batch)
             observed.head_is_matrix = "labels" not in inputs and head_is_matrix(model, inputs)
             targets = self.targets(batch)

@@ -111,21 +111,14 @@ def rows_by_file(place: str, builder: "DatasetBuilder", split: str) -> list[tupl
 
     Empty also where they can't be counted: a row then has no name but its number in the split.
     """
-    import datasets
-
     files = (getattr(builder.config, "data_files", None) or {}).get(split, []) if Path(place).is_dir() else []
     if len(files) < 2:
         return []
-    shows_progress = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
     try:
         filled = [file for file in files if os.path.getsize(file)]
         rows = [len(load_rows(place, builder, split, {split: [file]})) for file in filled]
     except Exception:  # of files of which one alone can't be read, as one that has a header only
         return []
-    finally:
-        if shows_progress:
-            datasets.enable_progress_bars()
     return [(os.path.relpath(file, place), number) for file, number in zip(filled, rows)]
 
 

@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from influence_core.errors import UserError, first_line
+from influence_core.tasks.bars import bars_of_datasets
 from influence_core.tasks.columns import Wanted, check_columns, find_columns, notes_on_columns, only_wanted
 from influence_core.tasks.csv_cells import column_types, is_csv, with_numbers
 from influence_core.tasks.example import is_main_process
@@ -95,7 +96,8 @@ class RowSource:
         places = part.places
         of_split, number = places[index]
         if of_split not in self._files:
-            self._files[of_split] = rows_by_file(self.place, self._builder, of_split)
+            with bars_of_datasets(self.place):
+                self._files[of_split] = rows_by_file(self.place, self._builder, of_split)
         for file, rows in self._files[of_split]:
             if number < rows:
                 return file, number
@@ -134,7 +136,8 @@ class RowSource:
         return self._from_place(lambda: load(name), details)
 
     def _from_place(self, load: Callable[[], Any], details: str = "") -> Any:
-        return load_from(self.place, PLACE_FLAG, load, details, local="directory or file")
+        with bars_of_datasets(self.place):
+            return load_from(self.place, PLACE_FLAG, load, details, local="directory or file")
 
     def _whole(self, split: str) -> Part:
         part = self._read(split)
