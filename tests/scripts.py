@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from influence_core.experiments import analysis, counterfactual, half_precision, lds_evaluation, training
+from influence_core.experiments import analysis, counterfactual, half_precision, lds_evaluation, reporting, training
 from influence_core.files import read_sealed_json, write_sealed_json
 from wikitext_gpt2.task import WikiTextTask
 
@@ -23,7 +23,7 @@ TRAIN = ["--preset", "demo", "--config_overrides", f"n_layer=1,n_embd=16,n_head=
 TRAIN += ["--vocab_size", "400", "--block_size", f"{BLOCK_SIZE}", "--num_train", f"{NUM_TRAIN}"]
 TRAIN += ["--num_train_epochs", "1", "--eval_batch_size", "16"]
 NUMBERS = ["--preset", "demo", "--num_train", f"{NUM_TRAIN}", "--num_queries", f"{NUM_QUERIES}"]
-ANALYZE = [*NUMBERS, "--track", "blocks"]
+ANALYZE = [*NUMBERS, "--track", "blocks", "--no-report", "--no-compute_per_token_scores", "--no-self_influence"]
 
 SCRIPTS = {
     "train": training,
@@ -31,6 +31,7 @@ SCRIPTS = {
     "evaluate_lds": lds_evaluation,
     "run_counterfactual": counterfactual,
     "half_precision_analysis": half_precision,
+    "report": reporting,
 }
 
 

@@ -114,15 +114,32 @@ def _add_analyze_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--use_ddp", action="store_true", help="several processes; launch with torchrun")
     parser.add_argument("--progress_interval", type=float, metavar="SECONDS", help="between two notes of progress, "
                         "from which a killed run goes on")  # fmt: skip
-    parser.add_argument("--compute_per_token_scores", action="store_true", help="also split the scores of the first "
-                        "--report_queries queries with their highest and lowest examples over the tokens of both, and "
-                        "over the layers")  # fmt: skip
-    parser.add_argument("--compute_per_layer_scores", action="store_true", help="the same over the layers alone")
-    parser.add_argument("--report_queries", type=int, help="queries whose scores are looked into")
-    parser.add_argument("--self_influence", action="store_true", help="also each training example's own score, "
-                        "which is high for what is mislabelled or odd")  # fmt: skip
+    _add_looking_arguments(parser)
     parser.add_argument("--show_queries", type=int, help="show so many queries with their most influential "
                         "sequence; of your own, 20 by default")  # fmt: skip
+
+
+def _add_looking_arguments(parser: argparse.ArgumentParser) -> None:
+    yes_or_no = {"action": argparse.BooleanOptionalAction}
+    parser.add_argument("--compute_per_token_scores", **yes_or_no, help="also split the scores of the first "
+                        "--report_queries queries with their highest and lowest examples over the tokens of both, and "
+                        "over the layers")  # fmt: skip
+    parser.add_argument("--compute_per_layer_scores", **yes_or_no, help="the same over the layers alone")
+    parser.add_argument("--self_influence", **yes_or_no, help="also each training example's own score, which is high "
+                        "for what is mislabelled or odd")  # fmt: skip
+    parser.add_argument("--report", **yes_or_no, help="write <output_dir>/report.html, a page to look at: queries, "
+                        "their highest and lowest examples, what scores are made of")  # fmt: skip
+    _add_report_queries_argument(parser)
+
+
+def _add_report_queries_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--report_queries", type=int, help="queries whose scores are looked into")
+
+
+def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--scores", nargs="+", help="what to show, a page each: NAME of <output_dir>/scores_NAME, or a "
+                        "path (default: those that analyze.py made last)")  # fmt: skip
+    _add_report_queries_argument(parser)
 
 
 def _add_figure_arguments(parser: argparse.ArgumentParser) -> None:
@@ -166,6 +183,7 @@ SCRIPTS = {
     "train": [_add_pass_arguments, _add_recipe_arguments, _add_saving_arguments, _add_writer_arguments],
     "analyze": [_add_result_arguments, _add_query_arguments, _add_pass_arguments, _add_analyze_arguments,
                 _add_writer_arguments],
+    "report": [_add_result_arguments, _add_report_arguments],
     "evaluate_lds": [_add_result_arguments, _add_retraining_arguments, _add_lds_arguments, _add_figure_arguments,
                      _add_pass_arguments, _add_recipe_arguments],
     "run_counterfactual": [_add_result_arguments, _add_retraining_arguments, _add_counterfactual_arguments,

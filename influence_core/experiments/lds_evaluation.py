@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 
 from influence_core.errors import UserError, first_line
 from influence_core.experiments import figures
-from influence_core.experiments.analysis import describe_query
 from influence_core.experiments.arguments import check_query, parse
 from influence_core.experiments.bank import Retraining
 from influence_core.experiments.calibration import calibrate, calibration_lines
@@ -24,6 +23,7 @@ from influence_core.experiments.lds import (
 from influence_core.experiments.retraining import Experiment
 from influence_core.experiments.running import run_script
 from influence_core.experiments.score_sources import load_all_scores
+from influence_core.experiments.showing import describe_query
 from influence_core.files import write_json
 from influence_core.tasks.example import MEASUREMENT, ExampleTask
 

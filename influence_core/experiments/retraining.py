@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,12 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from influence_core.errors import UserError
-from influence_core.experiments.analysis import load_datasets
 from influence_core.experiments.arguments import check_size
 from influence_core.experiments.bank import Retraining, RetrainingBank
 from influence_core.experiments.checkpoints import not_left_empty, read_training_record, require_checkpoint
 from influence_core.experiments.fitting import OneDevice, Recipe, evaluate, fit
 from influence_core.experiments.flags import RECIPE_FLAGS
-from influence_core.experiments.trajectory import saved_checkpoints
+from influence_core.experiments.stored_results import StoredResults
 from influence_core.files import require_writable
 from influence_core.fingerprints import dataset_fingerprint, model_fingerprint
 from influence_core.launch import Launch
@@ -25,8 +23,8 @@ from influence_core.storage import differences
 from influence_core.tasks.example import ExampleTask
 
 
-class Experiment:
-    """The task, its data, and the bank of retrainings that a script's flags name.
+class Experiment(StoredResults):
+    """Stored results, and the bank of retrainings that a script's flags name.
 
     Under torchrun every process makes its own retrainings; they meet in the bank alone, without a process group.
     """
@@ -35,13 +33,8 @@ class Experiment:
         require_checkpoint(task_class, arguments)
         if getattr(arguments, "num_train_epochs", None) == 0 and not getattr(arguments, "masks", None):
             raise UserError("--num_train_epochs 0: a retraining that does not train tells nothing")
-        self.arguments = arguments
-        launch = Launch.here()
-        self.rank, self.world_size = launch.rank, launch.world_size
-        self.task = task_class(**arguments.task)
-        self.task.checkpoint_dir = arguments.checkpoint_dir
-        self.train_dataset, self.query_dataset = load_datasets(self.task, arguments)
-        self.output_dir, self.figure_dir = Path(arguments.output_dir), Path(arguments.figure_dir)
+        super().__init__(task_class, arguments)
+        self.figure_dir = Path(arguments.figure_dir)
         self._note_differences()
 
     def _note_differences(self) -> None:
@@ -55,37 +48,10 @@ class Experiment:
         if stored and differing and self.is_main:
             print(f"Note: retraining is not as the checkpoint was trained: {differing}", flush=True)
 
-    @cached_property
-    def checkpoint_fingerprint(self) -> str:
-        """Of the trained model, as scores name it."""
-        return model_fingerprint(self.task.load_model(self.arguments.checkpoint_dir))
-
-    @cached_property
-    def step_fingerprints(self) -> list[str]:
-        """Of the checkpoints that the training left on its way: their scores are of the same training."""
-        directories = saved_checkpoints(self.arguments.checkpoint_dir)
-        return [model_fingerprint(self.task.load_model(directory)) for directory in directories]
-
     @property
     def settings(self) -> dict[str, Any]:
         """The flags, for a stored result."""
         return {key: value for key, value in vars(self.arguments).items() if key not in ("given", "task")}
-
-    @property
-    def is_main(self) -> bool:
-        """Only this process reports."""
-        return self.rank == 0
-
-    @property
-    def datasets(self) -> tuple[Sequence[Any], Sequence[Any]]:
-        """(queries, training examples), the axes of scores."""
-        return self.query_dataset, self.train_dataset
-
-    @cached_property
-    def dataset_fingerprints(self) -> tuple[str, str]:
-        """Of the queries and the training examples; hashed once, whatever the number of scores."""
-        queries, train = map(dataset_fingerprint, self.datasets)
-        return queries, train
 
     def require_writable(self) -> None:
         """Prove that results and figures can be written, before any work; UserError otherwise."""

@@ -68,12 +68,17 @@ def _is_for_itself(directory: Path) -> bool:
     return bool(settings.get(OWN_QUERIES) or settings.get(SUM_QUERIES))
 
 
+def directory_of(name: str, output_dir: Path) -> Path | None:
+    """Where scores lie that --scores names: in the output directory, or at a path; None: nowhere."""
+    stored = output_dir / Path(name).parent / f"scores_{Path(name).name}"  # step-12/ekfac: a checkpoint's
+    return next((path for path in (stored, Path(name)) if path.exists()), None)
+
+
 def _load(name: str, experiment, num_summed: int | None) -> Scores:
     if name == TFIDF:
         texts = ([experiment.task.describe(x) for x in part] for part in experiment.datasets)
         return Scores(tfidf_scores(*texts), {})
-    stored = experiment.output_dir / Path(name).parent / f"scores_{Path(name).name}"  # step-12/ekfac: a checkpoint's
-    path = next((path for path in (stored, Path(name)) if path.exists()), None)
+    path = directory_of(name, experiment.output_dir)
     if path is None:
         stored = [path.name.removeprefix("scores_") for path in sorted(experiment.output_dir.glob("scores_*"))]
         there = f"there are {', '.join(stored)}" if stored else "there are none"

@@ -35,6 +35,7 @@ from influence_core.storage import StageStore
 from influence_core.study import Study
 
 STAGE = "score_parts"
+SHOWN_EACH = 10  # highest and lowest training examples of a query whose scores are looked into
 MOST_QUERIES = 16  # whose preconditioned gradients, and what their layers saw, are at hand at once
 
 Pair = tuple[int, int]  # query, training example

@@ -25,6 +25,7 @@ class ClassificationTask(TransformerTask):
     are padded on the right, whatever the tokenizer's side, so that no model has to be told its positions.
     """
 
+    measured = "negative margin (how much surer the model is of the other classes than of the right one)"
     tokenizer_style = "roberta"
     position_limits = {"input_ids": "max_length"}
 

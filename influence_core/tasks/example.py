@@ -4,6 +4,7 @@ import argparse
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,10 +17,21 @@ from influence_core.tasks.columns import Kind
 MEASUREMENT = "measurement"
 
 
+@dataclass(frozen=True)
+class Segment:
+    """A row of an example's `token_rows`, as a person reads it."""
+
+    title: str  # such as "Summary"; empty where there is no more to say
+    stream: str
+    row: int = 0  # of the stream
+    is_right: bool = False  # the right one of several
+
+
 class ExampleTask(InfluenceTask):
     """A task that the examples' scripts can run. Its constructor takes the flags that `add_arguments` adds, by name."""
 
     name: ClassVar[str]  # folder of the example
+    measured: ClassVar[str] = "measurement"  # what that is, for a person to read
     presets: ClassVar[dict[str, dict[str, Any]]] = {}  # {"full": {flag: default}, "demo": …}; flags of any script
     # {flag: flags whose values belong to its own}: a preset's, or a checkpoint's, are not for another.
     belonging: ClassVar[dict[str, tuple[str, ...]]] = {}
@@ -84,6 +96,12 @@ class ExampleTask(InfluenceTask):
     @abstractmethod
     def describe(self, example: Any) -> str:
         """The example as text, for a person to read."""
+
+    def segments(self, example: Any) -> list[Segment]:
+        """The example's rows of tokens in the order of reading; by default that of `token_rows`, without titles."""
+        return [
+            Segment("", stream, row) for stream, rows in self.token_rows(example).items() for row in range(len(rows))
+        ]
 
     def origin(self, split: str, index: int) -> str | None:
         """Where the example at `index` of a split came from, such as "row 7" (from 0) of the user's data."""

@@ -29,6 +29,7 @@ class LanguageModelTask(TransformerTask):
     model's own.
     """
 
+    measured = "loss (the summed cross-entropy of its tokens)"
     count_name: ClassVar[str] = "tokens"  # of an example's number of targets, among the evaluation's values
 
     @abstractmethod

@@ -9,6 +9,7 @@ from transformers import AutoModelForMultipleChoice, RobertaConfig
 from influence_core.errors import UserError
 from influence_core.tasks.classification import ClassificationTask
 from influence_core.tasks.columns import Ending, Text
+from influence_core.tasks.example import Segment
 from influence_core.tasks.prompts import Prompt
 
 
@@ -87,6 +88,12 @@ class MultipleChoiceTask(ClassificationTask):
     def post_process_per_sample_gradient(self, layer_name, gradient):
         """[choices * examples, out, in(+1)] -> [examples, out, in(+1)]: the sum over the endings."""
         return gradient.unflatten(0, (-1, self.num_choices)).sum(1)
+
+    def segments(self, example):
+        return [
+            Segment(f"Ending {number + 1}", "input_ids", number, is_right=number == example["label"])
+            for number in range(self.num_choices)
+        ]
 
     def describe(self, example):
         lines = [f"{self.prompt.text(example, ' ')} …"]

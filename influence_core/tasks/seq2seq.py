@@ -9,7 +9,7 @@ from transformers import AutoModelForSeq2SeqLM, T5Config
 from influence_core.errors import UserError
 from influence_core.losses import IGNORED
 from influence_core.task import EXAMPLE_INDEX
-from influence_core.tasks.example import MEASUREMENT
+from influence_core.tasks.example import MEASUREMENT, Segment
 from influence_core.tasks.language_model import LanguageModelTask
 from influence_core.tasks.pretrained import PretrainedTask
 from influence_core.tasks.prompts import PROMPT_FLAG, Prompt
@@ -27,6 +27,7 @@ class Seq2SeqTask(LanguageModelTask):
 
     auto_model, config_class = AutoModelForSeq2SeqLM, T5Config
     tokenizer_style = "t5"
+    measured = "loss (the summed cross-entropy of its target)"
     position_limits = {"input_ids": "max_source_length", "labels": "max_target_length"}
     source_name: ClassVar[str] = "Source"  # as a person reads it
     target_name: ClassVar[str] = "Target"
@@ -84,6 +85,9 @@ class Seq2SeqTask(LanguageModelTask):
             "attention_mask": pad([np.ones_like(source) for source in sources], 0),
             "labels": pad([example["labels"] for example in examples], IGNORED),
         }
+
+    def segments(self, example):
+        return [Segment(self.target_name, "labels"), Segment(self.source_name, "input_ids")]
 
     def describe(self, example):
         source = self.text(example["input_ids"]).removeprefix(self.source_prefix)

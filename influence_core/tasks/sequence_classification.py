@@ -8,7 +8,7 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig, R
 from influence_core.errors import UserError
 from influence_core.tasks.classification import ClassificationTask
 from influence_core.tasks.columns import Label, Text
-from influence_core.tasks.example import is_main_process
+from influence_core.tasks.example import Segment, is_main_process
 from influence_core.tasks.transformer import topic_of
 
 SECOND_TEXT = "second text"  # what a task calls it that has but one of its own
@@ -112,6 +112,12 @@ class SequenceClassificationTask(ClassificationTask):
     def by_example(self, rows):
         return rows
 
+    def segments(self, example):
+        return [Segment(f"Labelled {self._label_name(example)}", "input_ids")]
+
     def describe(self, example):
+        return f"[{self._label_name(example)}] {self.text(example['input_ids'])}"
+
+    def _label_name(self, example) -> str:
         label = example["label"]
-        return f"[{self.class_names[label] if self.class_names else label}] {self.text(example['input_ids'])}"
+        return str(self.class_names[label] if self.class_names else label)

@@ -1,0 +1,108 @@
+"""Which pages report.py and analyze.py --report write, and what of the stored results each of them shows."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from influence_core.errors import UserError
+from influence_core.experiments.analysis_record import read_record
+from influence_core.report.analysed import Analysed
+from influence_core.report.page import write_page
+from influence_core.scores import parts, self_influence
+from influence_core.scores.stored import SCORES
+from influence_core.storage import StageStore
+from influence_core.tasks.example import ExampleTask
+
+PAGE = "report"
+EXPERIMENTS = ("lds", "counterfactual")  # whose results lie in the output directory
+
+
+def write_pages(
+    task: ExampleTask,
+    query_dataset: Sequence[Any],
+    train_dataset: Sequence[Any],
+    output_dir: Path,
+    directories: Mapping[str, Path],
+    matrices: Mapping[str, np.ndarray],
+    arguments,
+) -> list[Path]:
+    """Write a page for each kind of scores: report.html for the first, report_<name>.html for others, with links.
+
+    Args:
+        directories: {name: where the scores lie, and what was made of them}.
+        matrices: {name: [queries, training examples]}.
+        arguments: of the script, with `report_queries`.
+    Returns:
+        the files, in the order of the scores.
+    Raises:
+        UserError: one can't be written.
+    """
+    record, results = read_record(output_dir), read_results(output_dir)
+    files = {name: page_name(name, number) for number, name in enumerate(matrices)}
+    for name, matrix in matrices.items():
+        analysed = load_analysed(name, directories[name], matrix, record, results)
+        others = [(other, file) for other, file in files.items() if other != name]
+        write_page(
+            output_dir / files[name], task, query_dataset, train_dataset, analysed, arguments.report_queries,
+            vars(arguments), others,
+        )  # fmt: skip
+    return [output_dir / file for file in files.values()]
+
+
+def page_name(name: str, number: int) -> str:
+    """Of the page of the number-th scores."""
+    return f"{PAGE}.html" if number == 0 else f"{PAGE}_{name.replace('/', '_')}.html"
+
+
+def load_analysed(
+    name: str, directory: Path, matrix: np.ndarray, record: Mapping[str, Any], results: Mapping[str, dict]
+) -> Analysed:
+    """The scores, with what lies beside them and is of them."""
+    scores = StageStore(directory, "pairwise_scores", {})
+    manifest = scores.manifest()
+    if manifest is None:  # made elsewhere
+        return Analysed(name, matrix, record=dict(record), results=dict(results))
+    return Analysed(
+        name,
+        matrix,
+        manifest["settings"],
+        manifest["counts"].get("scale"),
+        _parts(directory, scores.checksum()),
+        _self_influence(directory, manifest["settings"]),
+        dict(record),
+        dict(results),
+    )
+
+
+def _parts(directory: Path, checksum: str) -> parts.ScoreParts | None:
+    """Of these very scores, where there are any."""
+    try:
+        return parts.load_score_parts(StageStore(directory, parts.STAGE, {"scores": checksum}))
+    except UserError:  # of scores that were there before
+        return None
+
+
+def _self_influence(directory: Path, settings: Mapping[str, Any]) -> np.ndarray | None:
+    """Of the same model and training set as the scores, where it was computed."""
+    shared = ("model", "train_dataset", "tracked_layers", "dtype", "strategy", "damping", "checkpoints")
+    try:
+        stored = StageStore(directory, self_influence.STAGE, {key: settings[key] for key in shared}).load()
+    except UserError:
+        return None
+    return None if stored is None else stored[self_influence.STAGE][SCORES].double().numpy()
+
+
+def read_results(output_dir: Path) -> dict[str, dict]:
+    """{experiment: what it stored}, of those that were made and can be read."""
+    found = {}
+    for name in EXPERIMENTS:
+        try:
+            result = json.loads((Path(output_dir) / f"{name}.json").read_text("utf-8"))
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(result, dict):
+            found[name] = result
+    return found
