@@ -140,6 +140,7 @@ def test_half_precision_has_results_of_its_own(checkpoint, results, tmp_path):
     flags = [*ANALYZE, "--checkpoint_dir", checkpoint, "--output_dir", tmp_path, "--use_half_precision"]
     out = run("analyze", *flags, "--factor_strategy", "ekfac", "identity").ok()
     assert {path.name for path in tmp_path.iterdir()} == {
+        "analysis.json",
         "factors_ekfac_half",
         "scores_ekfac_half",
         "scores_identity_half",

@@ -37,8 +37,8 @@ def by_kind(labels: Sequence[str]) -> LayerGroups:
 
 
 def without_common_start(labels: Sequence[str]) -> list[str]:
-    """Labels without the modules that all are in."""
-    parts = [label.split(".") for label in labels]
+    """Labels without the modules that all are in, and without the kind of parameter in brackets."""
+    parts = [label.split(" (")[0].split(".") for label in labels]
     common = 0
     while all(len(part) > common + 1 and part[common] == parts[0][common] for part in parts) and parts:
         if parts[0][common].isdecimal():

@@ -148,7 +148,7 @@
     const pair = data.pairs[details.dataset.pair], number = query.dataset.number;
     drawText(find(".text", query), data.queries[number], pair[1], data.scores[details.dataset.pair]);
     find(".shaded-by", query).textContent = pair[1]
-      ? `Shaded by what each token adds to the score of example ${details.dataset.example}; full colour: the strongest.` : "";
+      ? `Shaded by what the model did where it read each token: its part in the score of example ${details.dataset.example}. Full colour: the strongest.` : "";
     all(".example.chosen", query).forEach((other) => other.classList.remove("chosen"));
     details.classList.add("chosen");
   };
@@ -175,7 +175,7 @@
     number ? all(".text .tokens", view).map((row) => row.textContent).join("\n").toLowerCase() : "");
   let current = -1;
 
-  const show = (number, scroll) => {
+  const show = (number) => {
     if (number === current) return;
     current = number;
     views.forEach((view, other) => { view.hidden = other !== number; });
@@ -186,25 +186,32 @@
     entries[number].scrollIntoView({ block: "nearest" });
     const first = find(".lists .example", views[number]);
     if (first && !find(".example.chosen", views[number])) choose(first);
-    if (scroll) window.scrollTo(0, Math.min(window.scrollY, find(".frame").offsetTop));
     hideTip();
   };
 
+  const narrow = window.matchMedia("(max-width: 46rem)");
   const go = (number) => {
-    location.hash = views[number].id;
-    show(number, true);
+    location.hash = `/${views[number].id}`; // no element's name, to which a browser would scroll by itself
+    show(number);
+    if (narrow.matches) views[number].scrollIntoView();
+    else window.scrollTo(0, Math.min(window.scrollY, find(".frame").offsetTop));
   };
-  const byHash = (scroll) => {
-    const number = views.findIndex((view) => `#${view.id}` === location.hash);
-    show(number >= 0 ? number : Math.min(1, views.length - 1), scroll);
+  const byHash = () => {
+    const number = views.findIndex((view) => [`#/${view.id}`, `#${view.id}`].includes(location.hash));
+    show(number >= 0 ? number : Math.min(1, views.length - 1));
   };
-  window.addEventListener("hashchange", () => byHash(true));
+  window.addEventListener("hashchange", byHash);
 
   const step = (by) => {
     let number = current + by;
     while (number >= 0 && number < views.length && entries[number].hidden) number += by;
     if (number >= 0 && number < views.length) go(number);
   };
+
+  links.forEach((link, number) => link.addEventListener("click", (event) => {
+    event.preventDefault();
+    go(number);
+  }));
 
   const stepExample = (by) => {
     const list = all(".example", views[current]);
@@ -289,5 +296,5 @@
   });
 
   document.documentElement.classList.add("js");
-  byHash(false);
+  byHash();
 })();
