@@ -17,7 +17,7 @@ def load_own_queries(task: ExampleTask, arguments) -> OwnQueries | None:
         return None
     queries = read_queries(task, arguments.query_text, arguments.query_file)
     if "num_queries" in arguments.given:  # a preset's number is not of these
-        whole = f"set of queries, {queries.source}"
+        whole = f"set of queries in {queries.source}"
         queries = queries.first(check_size(arguments, "num_queries", len(queries.examples), whole))
     if is_main_process():
         for note in _notes_on_cut(task, queries, arguments):

@@ -83,7 +83,8 @@ def _row(line: bytes, fields: Fields, origin: str) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise UserError(f"{origin} is no text in UTF-8: save it as UTF-8") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{origin} is no JSON ({first_line(error)}): write each query as a line of its own, "
+        what = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else first_line(error)
+        raise UserError(f"{origin} is no JSON ({what}): write each query as a line of its own, "
                         f"{_pattern(fields)}") from None  # fmt: skip
     if not isinstance(cells, dict):
         raise UserError(f"{origin} is {shown(cells)} and no JSON object: write {_pattern(fields)}")
@@ -93,8 +94,8 @@ def _row(line: bytes, fields: Fields, origin: str) -> dict[str, Any]:
             value = cell_of(cells, name)
         except LookupError:
             if not kind.takes(None):
-                have = f"only {', '.join(cells)}" if cells else "nothing"
-                raise UserError(f"{origin} has no field {name!r}, {have}: write {_pattern(fields)}") from None
+                have = f", only {', '.join(cells)}" if cells else ""
+                raise UserError(f"{origin} has no field {name!r}{have}: write {_pattern(fields)}") from None
             value = None
         if not kind.takes(value):
             raise UserError(f"{origin} has {shown(value)} as {name!r}, which has to be {kind}")
