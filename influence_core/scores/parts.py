@@ -150,8 +150,8 @@ def compute_score_parts(
     queries = sorted({query for query, _ in pairs})
     longest = max(study.lengths([query_dataset[query] for query in queries]), default=0)
     groups, at_once = _fit(study, longest * study.task.rows_per_example, budget)
-    with study.runtime.progress(len(queries) * len(groups), "Score parts", unit="query") as bar:
-        mine = queries if study.sum_queries else queries[study.runtime.rank :: study.runtime.world_size]
+    mine = queries if study.sum_queries else queries[study.runtime.rank :: study.runtime.world_size]
+    with study.runtime.progress(len(mine) * len(groups), "Score parts", unit="query") as bar:
         for group in groups:
             preconditioners = load_preconditioners(
                 study, {strategy_name: factor_stores}, [strategy_name], group, damping
@@ -159,7 +159,7 @@ def compute_score_parts(
             for tile in slices(len(mine), at_once):
                 with study.profiler("Compute Score Parts"):
                     job.add(group, preconditioners, mine[tile])
-                bar.update(min((tile.stop - tile.start) * study.runtime.world_size, bar.total - bar.n))
+                bar.update(tile.stop - tile.start)
     return job.result()
 
 
