@@ -1,6 +1,7 @@
 """Which pages report.py and analyze.py --report write, and what of the stored results each of them shows."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def write_pages(
 
 def page_name(name: str, number: int) -> str:
     """Of the page of the number-th scores."""
-    return f"{PAGE}.html" if number == 0 else f"{PAGE}_{name.replace('/', '_')}.html"
+    return f"{PAGE}.html" if number == 0 else f"{PAGE}_{re.sub(r'[^a-zA-Z0-9.-]', '_', name)}.html"
 
 
 def load_analysed(

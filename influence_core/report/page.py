@@ -1,21 +1,27 @@
 """The page of one strategy's scores: put together, rendered, written."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from influence_core.files import write_whole
 from influence_core.report.analysed import Analysed
+from influence_core.report.codes import rounded
 from influence_core.report.content import Page
 from influence_core.report.layers import by_depth, by_kind
 from influence_core.report.overview import experiments, influential, self_influence
-from influence_core.report.queries import Pair, Shelf, find_pairs, fit_into_page, make_query, pair_data
+from influence_core.report.queries import Pair, Shelf, find_pairs, make_query, pair_data, read_pairs
 from influence_core.report.render import render
 from influence_core.report.run import asked, run_sections
+from influence_core.report.texts import fit, short
 from influence_core.scores.parts import SHOWN_EACH
 from influence_core.tasks.example import ExampleTask
 
 FLAG = "--compute_per_token_scores"
+PAGE_BYTES, PAGE_QUERIES = 5_000_000, 50  # at most, for so many queries; in proportion for more
+TEXT_SHARE = 0.85  # of these, for texts, tokens and values, at first: the rest is seen when the page is made
+MARGIN = 5_000  # bytes
 
 
 def write_page(
@@ -37,47 +43,67 @@ def write_page(
     Raises:
         UserError: it can't be written.
     """
-    page = make_page(task, query_dataset, train_dataset, analysed, num_queries, flags, others)
-    text = render(page)
-    write_whole(path, lambda temporary: Path(temporary).write_text(text, "utf-8", newline="\n"))
+    draft = Draft(task, query_dataset, train_dataset, analysed, num_queries, flags, others)
+    limit = PAGE_BYTES * max(1.0, draft.num_queries / PAGE_QUERIES)
+    budget = limit * TEXT_SHARE
+    while True:
+        text = render(draft.page(budget)).encode()
+        if len(text) <= limit or budget <= 0:
+            break
+        budget -= len(text) - limit + MARGIN
+    write_whole(path, lambda temporary: Path(temporary).write_bytes(text))
 
 
-def make_page(task, query_dataset, train_dataset, analysed, num_queries, flags, others=()) -> Page:
-    """What the page says; see `write_page`."""
-    num_queries = min(num_queries, len(query_dataset))
-    shelf = Shelf(task, query_dataset, train_dataset)
-    pairs = find_pairs(analysed, num_queries, SHOWN_EACH)
-    sections = [*influential(analysed, shelf, SHOWN_EACH), *self_influence(analysed, shelf, SHOWN_EACH)]
-    sections += [*experiments(analysed), *run_sections(analysed)]
-    most_pieces = fit_into_page(shelf, pairs, num_queries)
-    of_query: dict[int, list[tuple[int, Pair]]] = {}
-    for number, pair in enumerate(pairs):
-        of_query.setdefault(pair.query, []).append((number, pair))
-    layers = [] if analysed.parts is None else analysed.parts.layers
-    has_tokens = any(pair.train_values is not None for pair in pairs)
-    data = {
-        "mostPieces": most_pieces,
-        "depths": by_depth(layers).names,
-        "kinds": by_kind(layers).names,
-        "queries": [shelf.query(index).lengths() for index in of_query],
-        "examples": {str(index): shelf.train[index].lengths() for index in sorted(shelf.train)},
-        "pairs": [pair_data(shelf, pair) for pair in pairs],
-        "scores": [float(analysed.scores[pair.query, pair.index]) for pair in pairs],
-    }
-    return Page(
-        title=f"{task.name}: influence by {analysed.name}",
-        asked=asked(analysed, flags),
-        scale=_scale(analysed),
-        measured=task.measured,
-        unshaded=None if has_tokens else f"No tokens are shaded: add {FLAG} to analyze.py, and they are.",
-        queries=[make_query(shelf, analysed, own, SHOWN_EACH) for own in of_query.values()],
-        num_queries=len(query_dataset),
-        num_train=len(train_dataset),
-        texts={index: shelf.train[index].text() for index in sorted(shelf.train)},
-        sections=sections,
-        others=list(others),
-        data=data,
-    )
+class Draft:
+    """What the page says, but for how much of the texts it has room for; arguments as `write_page` has them."""
+
+    def __init__(self, task, query_dataset, train_dataset, analysed, num_queries, flags=None, others=()):
+        self.task, self.analysed = task, analysed
+        self.others = [(short(name), file) for name, file in others]
+        self.num_queries = min(num_queries, len(query_dataset))
+        self.shelf = Shelf(task, query_dataset, train_dataset)
+        self.pairs = find_pairs(analysed, self.num_queries, SHOWN_EACH)
+        read_pairs(self.shelf, self.pairs)
+        self.asked = asked(analysed, flags or {})
+        self.sections = [
+            *influential(analysed, self.shelf, SHOWN_EACH),
+            *self_influence(analysed, self.shelf, SHOWN_EACH),
+            *experiments(analysed),
+            *run_sections(analysed),
+        ]
+        self.of_query: dict[int, list[tuple[int, Pair]]] = {}
+        for number, pair in enumerate(self.pairs):
+            self.of_query.setdefault(pair.query, []).append((number, pair))
+        self.queries = [make_query(self.shelf, analysed, own, SHOWN_EACH) for own in self.of_query.values()]
+
+    def page(self, text_bytes: float = float("inf")) -> Page:
+        """With texts, tokens and values of at most so many bytes."""
+        fit(self.shelf.rows, text_bytes)
+        shelf, analysed = self.shelf, self.analysed
+        layers = [] if analysed.parts is None else analysed.parts.layers
+        data = {
+            "depths": by_depth(layers).names,
+            "kinds": by_kind(layers).names,
+            "queries": [shelf.query(index).lengths() for index in self.of_query],
+            "examples": {str(index): shelf.train[index].lengths() for index in sorted(shelf.train)},
+            "pairs": [pair_data(shelf, pair) for pair in self.pairs],
+            "scores": [rounded(float(analysed.scores[pair.query, pair.index]), 6) for pair in self.pairs],
+        }
+        has_tokens = any(pair.train_values is not None for pair in self.pairs)
+        return Page(
+            title=short(f"{self.task.name}: influence by {analysed.name}"),
+            asked=self.asked,
+            scale=_scale(analysed),
+            measured=self.task.measured,
+            unshaded=None if has_tokens else f"No tokens are shaded: add {FLAG} to analyze.py, and they are.",
+            queries=[replace(query, text=shelf.query(query.text.index).text()) for query in self.queries],
+            num_queries=len(shelf.query_dataset),
+            num_train=len(shelf.train_dataset),
+            texts={index: shelf.train[index].text() for index in sorted(shelf.train)},
+            sections=self.sections,
+            others=self.others,
+            data=data,
+        )
 
 
 def _scale(analysed: Analysed) -> str:

@@ -13,12 +13,10 @@ from influence_core.report.codes import encode_values, rounded
 from influence_core.report.content import Query, Shown
 from influence_core.report.duplicates import describe_duplicate, same_tokens, shared_words
 from influence_core.report.layers import by_depth, by_kind
-from influence_core.report.texts import Example, ExampleReader, Row, fit, one_line
+from influence_core.report.texts import Example, ExampleReader, Row, one_line
 from influence_core.scores.parts import shown_pairs
 from influence_core.tasks.example import ExampleTask
 
-# Of texts, their tokens and values: what else a page of as many queries holds takes about a tenth as much.
-TEXT_BYTES, TEXT_QUERIES = 4_500_000, 50
 BEFORE, AFTER = 24, 90  # characters on either side of the strongest token
 
 
@@ -56,6 +54,11 @@ class Shelf:
             self.train[index] = self._reader.read("train", index, self.train_dataset[index])
         return self.train[index]
 
+    @property
+    def rows(self) -> list[Row]:
+        """Of all examples."""
+        return [row for example in (*self.queries.values(), *self.train.values()) for row in example.rows]
+
 
 def find_pairs(analysed: Analysed, num_queries: int, num_each: int) -> list[Pair]:
     """Those to show, with what is known of their scores; of each query the highest first."""
@@ -84,13 +87,11 @@ def weigh(rows: Sequence[Row], values: np.ndarray | None) -> None:
             row.num_pairs += 1
 
 
-def fit_into_page(shelf: Shelf, pairs: Sequence[Pair], num_queries: int) -> int | None:
-    """Cut the examples to what the page has room for; see `texts.fit`."""
+def read_pairs(shelf: Shelf, pairs: Sequence[Pair]) -> None:
+    """Put the examples on the shelf, and note where they are strong."""
     for pair in pairs:
         weigh(shelf.of_training(pair.index).rows, pair.train_values)
         weigh(shelf.query(pair.query).rows, pair.query_values)
-    rows = [row for example in (*shelf.queries.values(), *shelf.train.values()) for row in example.rows]
-    return fit(rows, TEXT_BYTES * max(1.0, num_queries / TEXT_QUERIES))
 
 
 def pair_data(shelf: Shelf, pair: Pair) -> list:
@@ -103,12 +104,13 @@ def pair_data(shelf: Shelf, pair: Pair) -> list:
 
 
 def _side(rows: Sequence[Row], values: np.ndarray | None) -> Any:
-    """[strongest, codes, sum of what has no position, sums of what each row leaves out]"""
+    """[strongest, codes, sum of what has no position, sums of what each row leaves out, or 0]"""
     if values is None:
         return 0
     by_row = [row.values(values) for row in rows]
     shown = [of_row[row.window] for row, of_row in zip(rows, by_row)]
-    left_out = [rounded(float(of_row.sum() - kept.sum())) for of_row, kept in zip(by_row, shown)]
+    cut = [len(kept) < len(of_row) for of_row, kept in zip(by_row, shown)]
+    left_out = [rounded(float(of_row.sum() - kept.sum())) for of_row, kept in zip(by_row, shown)] if any(cut) else 0
     rest = float(values.sum() - sum(of_row.sum() for of_row in by_row))
     negligible = abs(rest) < 1e-5 * np.abs(values).sum()
     return [*encode_values(np.concatenate(shown)), 0 if negligible else rounded(rest), left_out]

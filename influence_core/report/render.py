@@ -10,14 +10,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from influence_core.report.charts import BAR_HEIGHT, HISTOGRAM_HEIGHT, LABEL_WIDTH, LINES_HEIGHT, MARGIN, WIDTH, figure
-from influence_core.report.codes import ALPHABET, STEPS
+from influence_core.report.codes import ALPHABET, LONG, STEPS
 from influence_core.report.content import Page
 
 
 def render(page: Page) -> str:
     """The page's HTML; the same for the same page, but for the line that says when it was written."""
     style, script = _resource("page.css"), _resource("page.js")
-    data = page.data | {"alphabet": ALPHABET, "steps": STEPS}
+    data = page.data | {"alphabet": ALPHABET, "steps": STEPS, "long": LONG}
     return (
         _environment()
         .get_template("page.html")

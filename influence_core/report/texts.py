@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from influence_core.report.codes import encode_lengths
+from influence_core.report.codes import LENGTH_BYTES, VALUE_BYTES, encode_lengths
 from influence_core.report.content import ShownSegment, Text
 from influence_core.tasks.example import ExampleTask
 from influence_core.tasks.pieces import PieceReader
@@ -16,7 +16,6 @@ from influence_core.text import visible
 
 LONGEST_NAME = 200  # characters of a title, an origin, a topic
 BEGINNING = 120  # characters
-VALUE_BYTES = 1.5  # of a piece in a pair, see codes.py
 
 
 @dataclass
@@ -57,7 +56,7 @@ class Row:
         """Bytes in the page with at most so many pieces."""
         window = self.window_of(most)
         shown = window.stop - window.start
-        return float(self.costs[window].sum()) + shown * (1 + VALUE_BYTES * self.num_pairs)
+        return float(self.costs[window].sum()) + shown * (LENGTH_BYTES + VALUE_BYTES * self.num_pairs)
 
     def num_tokens(self, pieces: slice) -> int:
         """Of some pieces."""
@@ -127,13 +126,15 @@ class ExampleReader:
 
 
 def fit(rows: Sequence[Row], budget: float) -> int | None:
-    """Narrow the rows' windows until all fit into so many bytes, all to one number of pieces, at least one.
+    """Choose the rows' windows so that all fit into so many bytes, all of one number of pieces, at least one.
 
     Returns:
         that number; None where every row is shown whole.
     """
     longest = max((len(row.pieces) for row in rows), default=0)
     if sum(row.cost(longest) for row in rows) <= budget:
+        for row in rows:
+            row.window = slice(0, len(row.pieces))
         return None
     low, high = 1, longest  # low fits, or nothing does
     while high - low > 1:

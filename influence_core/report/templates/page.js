@@ -16,26 +16,30 @@
 
   // ------------------------------------------------------------------------------------------------- numbers
 
-  // What codes.py encoded: [strongest, codes, …].
-  const decodeValues = ([strongest, codes]) => {
-    const values = [], wide = 2 * data.steps + 1;
-    for (let at = 0; at < codes.length; at += 3) {
-      const number = (digit.get(codes[at]) * base + digit.get(codes[at + 1])) * base + digit.get(codes[at + 2]);
-      for (const step of [Math.floor(number / wide) - data.steps, (number % wide) - data.steps]) {
-        values.push(strongest * Math.sign(step) * (step / data.steps) ** 2);
-      }
+  // The digits that codes.py packed, three of them in so many letters.
+  const unpack = (codes, wide, letters) => {
+    const digits = [];
+    for (let at = 0; at < codes.length; at += letters) {
+      let number = 0;
+      for (let next = at; next < at + letters; next++) number = number * base + digit.get(codes[next]);
+      digits.push(Math.floor(number / wide ** 2), Math.floor(number / wide) % wide, number % wide);
     }
-    return values;
+    return digits;
   };
+
+  const decodeValues = ([strongest, codes]) =>
+    unpack(codes, 2 * data.steps + 1, 4).map((digit) => {
+      const step = digit - data.steps;
+      return strongest * Math.sign(step) * (step / data.steps) ** 2;
+    });
 
   const decodeLengths = (codes) => {
     const lengths = [];
     let longer = 0;
-    for (const letter of codes) {
-      const length = digit.get(letter);
-      if (length === base - 1) longer += length;
-      else {
-        lengths.push(longer + length);
+    for (const part of unpack(codes, data.long + 1, 2)) {
+      longer += part;
+      if (part < data.long) {
+        lengths.push(longer);
         longer = 0;
       }
     }
@@ -44,8 +48,8 @@
 
   const figure = (value) => {
     if (!value) return "0";
-    const sign = value < 0 ? "−" : "+", size = Number(Math.abs(value).toPrecision(3));
-    if (size < 1e-3 || size >= 1e8) return sign + size.toExponential(2).replace("-", "−");
+    const sign = value < 0 ? "−" : "+", size = Number(Math.abs(value).toPrecision(2));
+    if (size < 1e-3 || size >= 1e8) return sign + size.toExponential(1).replace("-", "−");
     return sign + (size >= 1000 ? size.toLocaleString("en") : String(size));
   };
   const percent = (share) => {
