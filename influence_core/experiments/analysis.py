@@ -128,11 +128,13 @@ def _run(task_class: type[ExampleTask], arguments, runtime: Runtime, made_by: st
     if runtime.is_main:
         stores = (pairwise_score_store(study, name, query_dataset, arguments.damping_factor) for name in scores)
         places = {store.directory.name.removeprefix("scores_"): store.directory for store in stores}
-        write_record(study, list(places))
+        record = write_record(study, list(places))
         if arguments.report:
             with study.profiler("Write Report"):
                 matrices = {name: matrix.numpy() for name, matrix in zip(places, scores.values())}
-                pages = write_pages(task, query_dataset, train_dataset, output_dir, places, matrices, arguments)
+                origins = None if own_queries is None else own_queries.origins
+                of_study = task, query_dataset, train_dataset, output_dir, places, matrices
+                pages = write_pages(*of_study, arguments, record, origins)
     runtime.print(f"\n{study.profiler.table()}\n")
     if runtime.compile:
         runtime.print(f"{what_was_compiled()}\n")

@@ -21,19 +21,20 @@ RECORD = "analysis.json"
 _WORK = ("Fit", "Perform", "Compute")  # how the names of actions begin that are no reading or writing
 
 
-def write_record(study: Study, scores: list[str]) -> None:
-    """Note the run of a study, unless it only read what was there.
+def write_record(study: Study, scores: list[str]) -> Mapping[str, Any]:
+    """Note the run of a study, unless it only read what was there; returns what is known of the run.
 
-    Stages that it found finished keep the seconds of the run that computed them, if it was of the same model and data.
+    A run for queries of the user's own, or for a sum, is not noted: the directory is that of the data's. Stages that it
+    found finished keep the seconds of the run that computed them, if it was of the same model and data.
 
     Args:
         scores: names of the scores that it made.
     """
     stages = {name: [len(times), sum(times)] for name, times in study.profiler.durations.items() if times}
-    if not any(name.startswith(_WORK) for name in stages):
-        return
-    made_of = digest([repr(study.settings).encode()])
     before = read_record(study.output_dir)
+    if not any(name.startswith(_WORK) for name in stages):
+        return before
+    made_of = digest([repr(study.settings).encode()])
     earlier = before["stages"] if before.get("made_of") == made_of else {}
     stages = earlier | stages
     runtime = study.runtime
@@ -53,7 +54,9 @@ def write_record(study: Study, scores: list[str]) -> None:
         "peak_memory": runtime.peak_memory(),
         "stages": {name: stages[name] for name in (*ACTIONS, *OPTIONAL) if name in stages},
     }
-    write_sealed_json(study.output_dir / RECORD, record)
+    if not (study.own_queries or study.sum_queries):
+        write_sealed_json(study.output_dir / RECORD, record)
+    return record
 
 
 def read_record(output_dir: Path) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from influence_core.errors import UserError
-from influence_core.experiments.analysis_record import read_record
+from influence_core.experiments.score_sources import is_for_itself
 from influence_core.report.analysed import Analysed
 from influence_core.report.page import write_page
 from influence_core.scores import parts, self_influence
@@ -29,33 +29,40 @@ def write_pages(
     directories: Mapping[str, Path],
     matrices: Mapping[str, np.ndarray],
     arguments,
+    record: Mapping[str, Any],
+    origins: Sequence[str] | None = None,
 ) -> list[Path]:
     """Write a page for each kind of scores: report.html for the first, report_<name>.html for others, with links.
+
+    Those of the user's own queries, and of a sum, have names of their own: they stand beside the others.
 
     Args:
         directories: {name: where the scores lie, and what was made of them}.
         matrices: {name: [queries, training examples]}.
         arguments: of the script, with `report_queries`.
+        record: of the run that made them.
+        origins: where each query is from, if not of the validation split.
     Returns:
         the files, in the order of the scores.
     Raises:
         UserError: one can't be written.
     """
-    record, results = read_record(output_dir), read_results(output_dir)
-    files = {name: page_name(name, number) for number, name in enumerate(matrices)}
+    results = read_results(output_dir)
+    first = next((name for name in matrices if not is_for_itself(directories[name])), None)
+    files = {name: page_name(name, name == first) for name in matrices}
     for name, matrix in matrices.items():
         analysed = load_analysed(name, directories[name], matrix, record, results)
         others = [(other, file) for other, file in files.items() if other != name]
         write_page(
             output_dir / files[name], task, query_dataset, train_dataset, analysed, arguments.report_queries,
-            vars(arguments), others,
+            vars(arguments), others, origins,
         )  # fmt: skip
     return [output_dir / file for file in files.values()]
 
 
-def page_name(name: str, number: int) -> str:
-    """Of the page of the number-th scores."""
-    return f"{PAGE}.html" if number == 0 else f"{PAGE}_{re.sub(r'[^a-zA-Z0-9.-]', '_', name)}.html"
+def page_name(name: str, is_first: bool) -> str:
+    """Of the page of these scores."""
+    return f"{PAGE}.html" if is_first else f"{PAGE}_{re.sub(r'[^a-zA-Z0-9.-]', '_', name)}.html"
 
 
 def load_analysed(

@@ -27,8 +27,9 @@ def _report(task_class: type[ExampleTask], arguments) -> None:
     directories = {label: directory_of(name, stored.output_dir) for label, name in zip(scores, names or scores)}
     matrices = {label: each.matrix for label, each in scores.items()}
     paths = write_pages(
-        stored.task, stored.query_dataset, stored.train_dataset, stored.output_dir, directories, matrices, arguments
-    )
+        stored.task, stored.query_dataset, stored.train_dataset, stored.output_dir, directories, matrices, arguments,
+        read_record(stored.output_dir),
+    )  # fmt: skip
     for path in paths:
         print(f"Report: {path}")
 

@@ -42,7 +42,7 @@ def load_all_scores(
     """
     if names is None:
         found = sorted(path.parent for path in experiment.output_dir.glob(f"scores_*/{FILE}"))
-        names = [path.name.removeprefix("scores_") for path in found if not _is_for_itself(path)]
+        names = [path.name.removeprefix("scores_") for path in found if not is_for_itself(path)]
         names.sort(key=lambda name: (not name.startswith("ekfac"), name))  # the first one's top sequence is shown
         if not names:
             others = ", ".join(path.name.removeprefix("scores_") for path in found)
@@ -61,7 +61,7 @@ def load_all_scores(
     return {label: _load(name, experiment, num_summed) for label, name in zip(labels, names)}
 
 
-def _is_for_itself(directory: Path) -> bool:
+def is_for_itself(directory: Path) -> bool:
     """Whether scores are of the user's own queries, or of a sum: such are taken only where they are named."""
     store = StageStore(directory, "pairwise_scores", {})
     settings = store.manifest()["settings"] if store.manifest_path.exists() else {}

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from influence_core.scores.parts import ScoreParts
+from influence_core.scores.stored import SUM_QUERIES
 
 
 @dataclass(frozen=True)
@@ -31,3 +32,8 @@ class Analysed:
     self_influence: np.ndarray | None = None
     record: dict[str, Any] = field(default_factory=dict)
     results: dict[str, dict] = field(default_factory=dict)
+
+    @property
+    def are_summed(self) -> bool:
+        """Whether the scores are those of a sum of queries, [1, training examples]."""
+        return bool(self.settings.get(SUM_QUERIES))

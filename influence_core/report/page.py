@@ -33,6 +33,7 @@ def write_page(
     num_queries: int,
     flags: Mapping[str, Any],
     others: Sequence[tuple[str, str]] = (),
+    origins: Sequence[str] | None = None,
 ) -> None:
     """Write the page of these scores, whole or not at all.
 
@@ -40,10 +41,11 @@ def write_page(
         num_queries: the first so many are shown, at most.
         flags: of the script, for what was asked.
         others: (name, file) of pages of other scores beside this one.
+        origins: where each query is from, if not of the validation split.
     Raises:
         UserError: it can't be written.
     """
-    draft = Draft(task, query_dataset, train_dataset, analysed, num_queries, flags, others)
+    draft = Draft(task, query_dataset, train_dataset, analysed, num_queries, flags, others, origins)
     limit = PAGE_BYTES * max(1.0, draft.num_queries / PAGE_QUERIES)
     budget = limit * TEXT_SHARE
     while True:
@@ -57,11 +59,11 @@ def write_page(
 class Draft:
     """What the page says, but for how much of the texts it has room for; arguments as `write_page` has them."""
 
-    def __init__(self, task, query_dataset, train_dataset, analysed, num_queries, flags=None, others=()):
+    def __init__(self, task, query_dataset, train_dataset, analysed, num_queries, flags=None, others=(), origins=None):
         self.task, self.analysed = task, analysed
         self.others = [(short(name), file) for name, file in others]
-        self.num_queries = min(num_queries, len(query_dataset))
-        self.shelf = Shelf(task, query_dataset, train_dataset)
+        self.num_queries = min(num_queries, len(analysed.scores))
+        self.shelf = Shelf(task, query_dataset, train_dataset, origins, analysed.are_summed)
         self.pairs = find_pairs(analysed, self.num_queries, SHOWN_EACH)
         read_pairs(self.shelf, self.pairs)
         self.asked = asked(analysed, flags or {})
@@ -97,7 +99,7 @@ class Draft:
             measured=self.task.measured,
             unshaded=None if has_tokens else f"No tokens are shaded: add {FLAG} to analyze.py, and they are.",
             queries=[replace(query, text=shelf.query(query.text.index).text()) for query in self.queries],
-            num_queries=len(shelf.query_dataset),
+            num_queries=len(self.analysed.scores),
             num_train=len(shelf.train_dataset),
             texts={index: shelf.train[index].text() for index in sorted(shelf.train)},
             sections=self.sections,

@@ -1,7 +1,7 @@
 """The queries of the page, each with its highest and lowest training examples, and what their scores are made of."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from influence_core.report.codes import encode_values, rounded
 from influence_core.report.content import Query, Shown
 from influence_core.report.duplicates import describe_duplicate, same_tokens, shared_words
 from influence_core.report.layers import by_depth, by_kind
-from influence_core.report.texts import Example, ExampleReader, Row, one_line
+from influence_core.report.texts import Example, ExampleReader, Row, one_line, short
 from influence_core.scores.parts import shown_pairs
 from influence_core.tasks.example import ExampleTask
 
@@ -38,6 +38,8 @@ class Shelf:
     task: ExampleTask
     query_dataset: Sequence[Any]
     train_dataset: Sequence[Any]
+    origins: Sequence[str] | None = None  # of the queries, where they are no examples of the validation split
+    are_summed: bool = False  # the queries, to one
     queries: dict[int, Example] = field(default_factory=dict)
     train: dict[int, Example] = field(default_factory=dict)
 
@@ -46,8 +48,14 @@ class Shelf:
 
     def query(self, index: int) -> Example:
         if index not in self.queries:
-            self.queries[index] = self._reader.read("validation", index, self.query_dataset[index])
+            self.queries[index] = self._read_query(index)
         return self.queries[index]
+
+    def _read_query(self, index: int) -> Example:
+        if self.are_summed:
+            return self._reader.told(f"All {len(self.query_dataset):,} queries together: their gradients are summed.")
+        example = self._reader.read("validation", index, self.query_dataset[index])
+        return example if self.origins is None else replace(example, origin=short(self.origins[index]))
 
     def of_training(self, index: int) -> Example:
         if index not in self.train:
@@ -75,6 +83,7 @@ def find_pairs(analysed: Analysed, num_queries: int, num_each: int) -> list[Pair
             pair.layer_sums = sums[row]
             if parts.train_tokens is not None:
                 pair.train_values = parts.train_tokens[row].double().numpy()
+            if parts.query_tokens is not None:
                 pair.query_values = parts.query_tokens[row].double().numpy()
     return pairs
 

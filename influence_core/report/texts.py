@@ -107,6 +107,10 @@ class ExampleReader:
         origin, topic = task.origin(split, index), task.topic(example)
         return Example(index, rows, tokens, described, short(origin), short(topic))
 
+    def told(self, text: str) -> Example:
+        """What stands in the place of an example, and is none."""
+        return Example(0, [_row("", False, [text], np.array([0]), 0)], {}, text, None, None)
+
     def _rows(self, example: Any, tokens: Mapping[str, Sequence]) -> list[Row]:
         firsts, first = {}, 0
         for stream, rows in tokens.items():
