@@ -401,3 +401,20 @@ def test_the_sum_of_other_queries_is_refused(all_kinds, checkpoint, tmp_path):
     write_sealed_json(path, manifest)
     more = ["--num_counterfactual_queries", "3", "--scores", "ekfac_sum_three"]
     run("run_counterfactual", *flags, *more).error("query_dataset (stored 0000000000000000")
+
+
+# ---------------------------------------------------------------------------------------------------------- their pages
+
+
+def test_their_page_stands_beside_the_data_s(checkpoint, tmp_path):
+    """Their own origins on it, and the sum's page speaks of all queries together."""
+    looking = ["--report", "--compute_per_token_scores", "--num_queries", "3"]
+    analyze(checkpoint, tmp_path, *looking).ok()
+    whole = (tmp_path / "report.html").read_bytes()
+    out = analyze(checkpoint, tmp_path, *looking[:2], "--query_text", "The colour of a mutable sequence", "Yes").ok()
+    page = next(tmp_path.glob("report_identity_queries-*.html"))
+    assert f"Report: {page}" in out
+    assert "text 1 of --query_text" in page.read_text() and "colour of a mutable" in page.read_text()
+    analyze(checkpoint, tmp_path, *looking, "--sum_queries").ok()
+    assert "All 3 queries together" in (tmp_path / "report_identity_sum.html").read_text()
+    assert (tmp_path / "report.html").read_bytes() == whole
