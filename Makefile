@@ -1,6 +1,7 @@
 # make demo   train a small GPT-2 on a corpus that every Python has, and show which sequences made it say what it says
 # make test   all tests but the slow ones: under 10 minutes on 2 cores
 # make test-slow   those: torch.compile, torchrun, the README's own task, all scripts on other models, near relatives of models
+# make browser-test   the report page in a real browser: needs chromium and chromedriver, which it does not install
 # make lint   style and formatting
 # make benchmark   agreement and time beside kronfluence 1.0.1
 # Each makes .venv and installs requirements.txt into it where that has not been done.
@@ -9,17 +10,20 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint benchmark clean
+.PHONY: demo test test-slow browser-test lint benchmark clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python wikitext_gpt2/train.py --preset demo
 	$(BIN)/python wikitext_gpt2/analyze.py --preset demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not browser"
 
 test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow and not browser"
+
+browser-test: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -rs -m browser
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
