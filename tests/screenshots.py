@@ -1,7 +1,7 @@
 """figure/report.png, the page of the demo as a browser shows it; and with --all_in, how it looks elsewhere.
 
 make demo && python -m tests.screenshots
-python -m tests.screenshots --page PATH --all_in DIR    # desktop and phone, light and dark, a query and the overview
+python -m tests.screenshots --page PATH --all_in DIR    # desktop, phone, light, dark, a query, the overview
 """
 
 import argparse

@@ -35,7 +35,7 @@ def copied(reported, checkpoint, tmp_path):
 
 
 def test_analyze_writes_the_page(reported):
-    """One for each strategy, the first one's named so, each with a link to the other; where they are stands at the end."""
+    """One for each strategy, with links to each other; where they are stands at the end."""
     out, directory, _ = reported
     assert out.splitlines()[-2:] == [f"Report: {directory}/report.html", f"Report: {directory}/report_identity.html"]
     assert "Write Report" in out
