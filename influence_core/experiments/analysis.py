@@ -25,6 +25,7 @@ from influence_core.profiler import Profiler
 from influence_core.runtime import Runtime
 from influence_core.scores.parts import SHOWN_EACH, shown_pairs
 from influence_core.scores.stored import pairwise_score_store
+from influence_core.scores.tokens import tells_tokens
 from influence_core.study import Study
 from influence_core.tasks.adapters import is_adapter
 from influence_core.tasks.example import ExampleTask, is_main_process
@@ -119,9 +120,14 @@ def _run(task_class: type[ExampleTask], arguments, runtime: Runtime, made_by: st
         scores = analyze(study, **what, self_influence=of_self)
     else:
         scores = analyze_checkpoints(study, each, **what, self_influence=of_self)
-    if arguments.compute_per_token_scores or arguments.compute_per_layer_scores:
+    by_token, by_layer = arguments.compute_per_token_scores, arguments.compute_per_layer_scores
+    if by_token is None:  # the page shows what there is
+        by_token = bool(arguments.report) and tells_tokens(task, query_dataset[0])
+    if by_layer is None:
+        by_layer = bool(arguments.report)
+    if by_token or by_layer:
         pairs = {name: shown_pairs(matrix, arguments.report_queries, SHOWN_EACH) for name, matrix in scores.items()}
-        options = {"pairs": pairs, "by_token": bool(arguments.compute_per_token_scores)}
+        options = {"pairs": pairs, "by_token": by_token}
         options |= {key: value for key, value in what.items() if key not in ("strategy_names", "factor_batch_size")}
         explain(study, **options) if is_last else explain_checkpoints(study, each, **options)
     pages: list[Path] = []

@@ -15,6 +15,11 @@ from influence_core.layers.kind import SiteProducts
 from influence_core.task import ONLY_STREAM, Batch, InfluenceTask
 
 
+def tells_tokens(task: InfluenceTask, example: Any) -> bool:
+    """Whether scores can be split by token."""
+    return not task.post_processes and bool(task.token_rows(example))
+
+
 def token_counts(task: InfluenceTask, example: Any) -> dict[str, list[int]]:
     """{stream: tokens of each of the example's rows}
 

@@ -32,7 +32,6 @@ DEMO_DEFAULTS = {
     "factor_strategy": ["ekfac", "identity"],
     "num_masks": 10,
     "num_repeats.evaluate_lds": 2,
-    "compute_per_token_scores": True,
     "self_influence": True,
     "report": True,
 }
