@@ -127,9 +127,9 @@ def _add_looking_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compute_per_layer_scores", **yes_or_no, help="the same over the layers alone")
     parser.add_argument("--self_influence", **yes_or_no, help="also each training example's own score, which is high "
                         "for what is mislabelled or odd")  # fmt: skip
-    parser.add_argument("--report", **yes_or_no, help="write <output_dir>/report.html, a page to look at: queries, their "
-                        "highest and lowest examples, and what these scores are made of, by token and layer unless "
-                        "that is turned off")  # fmt: skip
+    parser.add_argument("--report", **yes_or_no, help="write <output_dir>/report.html, a page to look at: queries, "
+                        "their highest and lowest examples, and what these scores are made of, by token and layer "
+                        "unless that is turned off")  # fmt: skip
     _add_report_queries_argument(parser)
 
 
