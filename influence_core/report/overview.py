@@ -102,8 +102,8 @@ def _lds(title: str, result: Mapping[str, Any]) -> Section:
     notes = [
         f"The linear datamodeling score: the rank correlation between what scores predict for random subsets of the "
         f"training set and what retraining on them did; mean over {result['num_queries']} queries, "
-        f"{result['num_subsets']} subsets x {result['num_repeats']} retrainings. 1 would be a perfect prediction"
-        + (f", retraining's own noise leaves {ceiling:.3f}." if ceiling is not None else ".")
+        f"{result['num_subsets']} subsets x {result['num_repeats']} retrainings. A perfect prediction would reach "
+        + ("1." if ceiling is None else f"{ceiling:.3f}, for the noise of retraining itself.")
     ]
     chart = bar_chart(
         "Mean LDS, with its 95 % interval",

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from influence_core.report.analysed import Analysed
+from influence_core.report.codes import rounded
 from influence_core.report.content import Section, Table
 from influence_core.report.texts import short
 from influence_core.units import gigabytes
@@ -55,14 +56,14 @@ def _plan(record: Mapping[str, Any]) -> Section:
     rows = []
     for stage, flops in record["planned_flops"].items():
         calls, seconds = record["stages"].get(ACTIONS.get(stage, ""), (0, 0.0))
-        rate = f"{flops / seconds / 1e9:,.4g}" if calls and seconds else ""
+        rate = f"{rounded(flops / seconds / 1e9):,g}" if calls and seconds else ""
         rows.append([stage, f"{flops / 1e12:.4g}", f"{seconds:.4g}" if calls else "", rate])
     planned, peak = record["planned_memory"], record["peak_memory"]
     notes = []
     if planned and peak:
         notes.append(f"Peak memory: {gigabytes(planned)} planned, {gigabytes(peak)} measured.")
-    notes.append(f"On {short(record['device'])}, {short(record['precision'])}, {record['num_processes']} process(es), "
-                 f"on {short(record['date'])}: {short(' '.join(record['command']))}")  # fmt: skip
+    where = f"{short(record['device'])} x {record['num_processes']}, {short(record['precision'])}"
+    notes.append(f"Run on {where}, {short(record['date'])}: {short(' '.join(record['command']))}")
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
     notes.append(short(versions))
     heads = ["stage", "planned TFLOP", "seconds", "GFLOP/s"]
