@@ -15,7 +15,9 @@ from influence_core.report.duplicates import NEAR, same_tokens, shared_words
 from influence_core.report.layers import by_depth, by_kind
 from influence_core.report.page import FLAG, PAGE_BYTES, Draft, write_page
 from influence_core.report.render import render
+from influence_core.report.texts import visible_pieces
 from influence_core.scores.parts import SHOWN_EACH
+from influence_core.text import visible
 from tests.report_pages import LAYERS, TextTask, made_up
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs", "while", "seven", "wizards", "box", "five"]
@@ -138,6 +140,15 @@ def test_nothing_of_a_text_is_markup(page_of):
     assert any("<script>alert(1)</script>" in row for row in rows)
     for row, lengths in zip(rows[:1], data["queries"][0]):  # pieces cut the text exactly where it is to be cut
         assert sum(decode_lengths(lengths)) == len(row.encode("utf-16-le")) // 2
+
+
+@pytest.mark.parametrize("text", [NASTY, "a\u200db 👩\u200d👧 \\x1b \x1b\\ \ud800 می\u200cخواهم ", "\x00" * 5, ""])
+def test_pieces_of_visible_text(text):
+    """However a text is cut, its pieces joined are what is visible of the whole."""
+    for size in (1, 2, 3, 100):
+        pieces = [text[start : start + size] for start in range(0, len(text), size)]
+        shown = visible_pieces(pieces)
+        assert len(shown) == len(pieces) and "".join(shown) == visible(text)
 
 
 def test_data_holds_no_text(page_of):

@@ -1,7 +1,7 @@
 """Examples as texts that fit into the page: whole, or the part of each row around its strongest tokens."""
 
 import html
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -124,7 +124,7 @@ class ExampleReader:
             counts = np.array([piece.num_tokens for piece in pieces], dtype=np.int64)
             starts = firsts[segment.stream, segment.row] + np.cumsum(counts) - counts
             end = firsts[segment.stream, segment.row] + len(ids)
-            texts = [_shown_piece(piece.text) for piece in pieces]
+            texts = visible_pieces([piece.text for piece in pieces])
             made.append(_row(short(segment.title), segment.is_right, texts, starts, end))
         return made
 
@@ -164,7 +164,19 @@ def short(text: str | None) -> str | None:
     return text if len(text) <= LONGEST_NAME else text[:LONGEST_NAME] + "…"
 
 
-_shown_piece: Callable[[str], str] = cache(visible)
+def visible_pieces(pieces: list[str]) -> list[str]:
+    """The pieces of what is visible of their text: whether a character is shown as an escape depends on others."""
+    text = "".join(pieces)
+    shown = visible(text)
+    if shown == text:
+        return pieces
+    parts, end = [], 0
+    for piece in pieces:
+        start = end
+        for character in piece:
+            end += 1 if shown[end] == character else len(ascii(character)) - 2  # its escape, less the quotes
+        parts.append(shown[start:end])
+    return parts
 
 
 def _row(title: str, is_right: bool, pieces: list[str], starts: np.ndarray, end: int) -> Row:
