@@ -66,7 +66,7 @@ def analyze(
         if not len(dataset):
             raise UserError(f"the {name} is empty")
     refuse_foreign_results(study, strategy_names, query_dataset, damping, self_influence)
-    if not is_finished(study, strategy_names, query_dataset, damping):  # those can be read where nothing can be written
+    if not is_finished(study, strategy_names, query_dataset, damping, self_influence):  # those may be read-only
         require_writable(study.output_dir)
     fits_factors = any(strategy.needs_lambda or strategy.in_eigenbasis for strategy in strategies)
     checked = check_contract(study, query_dataset, fits_factors)
@@ -173,9 +173,17 @@ def refuse_foreign_results(
                 self_influence_store(study, name, damping).manifest()
 
 
-def is_finished(study: Study, strategy_names: Sequence[str], query_dataset: Sequence[Any], damping: Damping) -> bool:
+def is_finished(
+    study: Study,
+    strategy_names: Sequence[str],
+    query_dataset: Sequence[Any],
+    damping: Damping,
+    self_influence: bool = False,
+) -> bool:
     """Whether all scores are stored and are to stay."""
-    stores = (pairwise_score_store(study, name, query_dataset, damping) for name in strategy_names)
+    stores = [pairwise_score_store(study, name, query_dataset, damping) for name in strategy_names]
+    if self_influence:
+        stores += [self_influence_store(study, name, damping) for name in strategy_names]
     return not study.overwrite and all(store.manifest() is not None for store in stores)
 
 

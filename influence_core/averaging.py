@@ -61,6 +61,8 @@ def analyze_checkpoints(
             if with_self:
                 parts[of_self[name]][checkpoint] = self_influence_store(one, name, damping)
         study.planned_memory = max(study.planned_memory or 0, one.planned_memory or 0)
+        for stage, flops in one.planned_flops.items():
+            study.planned_flops[stage] = study.planned_flops.get(stage, 0) + flops
         del one  # its model, before the next one's is loaded
         release_cached_memory()
     with study.writer:

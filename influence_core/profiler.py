@@ -19,7 +19,7 @@ ACTIONS = (
     "Save Pairwise Score",
     "Load Pairwise Score",
 )
-OPTIONAL = ("Compute Self-Influence", "Compute Score Parts", "Write Report")  # in the table where they ran
+OPTIONAL = ("Compute Self-Influence", "Compute Score Parts")  # in the table where they ran
 
 
 class Profiler:

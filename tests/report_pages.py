@@ -25,7 +25,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 class TextTask:
     """What the page asks of a task: an example is a text, or a list of them, each a row."""
 
-    name, measured = "texts", "loss"
+    name, measured, aim = "texts", "loss", "say it"
 
     def __init__(self, tokenizer=None, titles=None):
         self.tokenizer, self.titles = tokenizer or byte_tokenizer(), titles

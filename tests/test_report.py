@@ -297,6 +297,12 @@ COUNTERFACTUAL = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("values", [[3e5], [1962, 1962.001], [0, 1e-45], [3.4e38, -3.4e38], [0, 0], [7, 7]])
+def test_scores_that_hardly_differ_have_a_histogram(values):
+    found = histogram("all", np.float32(values), [(0, True)])
+    assert found.bins and all(0 <= mark.x <= 1000 for mark in found.marks)
+
+
 def test_experiments_are_shown_where_they_are(page_of):
     results = {"lds": lds(), "counterfactual": COUNTERFACTUAL}
     text, _, _ = page_of(texts(2), texts(30, seed=1), results=results)
@@ -313,12 +319,12 @@ def test_a_result_that_is_none_of_ours_breaks_nothing(page_of, result):
 def test_a_result_of_other_data_is_told(page_of):
     other = lds(settings={"scores": {"ekfac": {"train_dataset": "another", "query_dataset": "q"}}})
     text, _, _ = page_of(texts(2), texts(30, seed=1), results={"lds": other})
-    assert "of other data" in text and "0.400 to 0.600" not in text
+    assert "or other data than these" in text and "0.400 to 0.600" not in text
 
 
 def test_the_most_influential_over_all_queries(page_of):
     """By sum and by count, over all queries, also those that the page does not show."""
-    queries, train = texts(4), texts(30, seed=1)
+    queries, train = texts(12), texts(30, seed=1)
     analysed = made_up(TextTask(), queries, train)
     analysed.scores[:, 17] = 1e5
     own = np.zeros(30)
@@ -327,5 +333,6 @@ def test_the_most_influential_over_all_queries(page_of):
     page = Draft(TextTask(), queries, train, analysed, 2).page()
     by_sum, by_count, of_self = page.sections[:3]
     assert by_sum.examples[0].index == by_count.examples[0].index == 17
-    assert by_sum.examples[0].figures == "sum +400,000, among the top 10 of 4 queries"
+    assert by_sum.examples[0].figures == "sum +1,200,000, among the top 10 of 12 queries"
+    assert by_sum.examples[0].queries == [0, 1]
     assert of_self.examples[0].index == 3 and len(page.queries) == 2

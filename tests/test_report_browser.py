@@ -123,15 +123,18 @@ def test_keys_move_between_queries(page):
     assert shown(page) == ["q2"]
     page.press("k")
     assert shown(page) == ["q1"] and page.run("return location.hash") == "#/q1"
+    page.press("ArrowLeft")
+    assert shown(page) == ["q1"]
     page.press("ArrowRight")
-    assert shown(page) == ["q2"]
-    page.press("ArrowLeft", "ArrowLeft", "o")
+    assert page.run("return document.activeElement.closest('.example[open]') !== null"), "the open example's tokens"
+    assert shown(page) == ["q1"]
+    page.press("o")
     assert shown(page) == ["overview"]
     page.press("k")
     assert shown(page) == ["overview"]
     page.run("history.back()")
     page.run("return new Promise(done => setTimeout(done, 200))")
-    assert shown(page) == ["q0"]
+    assert shown(page) == ["q1"]
 
 
 def test_search(page):
@@ -149,6 +152,12 @@ def test_search(page):
     assert page.run("return document.querySelector('#found').textContent") == "0 of 10 queries"
     page.press("Escape", "k")
     assert len(page.run(entries)) == 1 + len(QUERIES) and shown(page) == ["q8"]
+
+
+def test_a_topic_is_found_and_an_unknown_query_is_told(page):
+    page.run("location.hash = '#/q999'")
+    assert shown(page) == ["overview"]
+    assert "Query 999 is not on this page" in page.run("return document.querySelector('#found').textContent")
 
 
 def test_values_on_hover_and_on_focus(page):

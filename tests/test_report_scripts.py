@@ -38,9 +38,9 @@ def test_analyze_writes_the_page(reported):
     """One for each strategy, with links to each other; where they are stands at the end."""
     out, directory, _ = reported
     assert out.splitlines()[-2:] == [f"Report: {directory}/report.html", f"Report: {directory}/report_identity.html"]
-    assert "Write Report" in out
     first, second = page(directory / "report.html"), page(directory / "report_identity.html")
-    assert 'href="report_identity.html"' in first and 'href="report.html"' in second
+    assert 'href="report_identity.html"' in first and 'href="report_ekfac.html"' in second
+    assert first == page(directory / "report_ekfac.html")
     assert first.count('class="query"') == NUM_QUERIES and "Self-influence outliers" in first
     assert "add --compute_per_token_scores" not in first and "Plan against measured" in first
 
@@ -62,7 +62,8 @@ def test_fewer_queries_and_one_kind_of_scores(copied):
     text = page(directory / "report.html")
     assert text.count('class="query"') == 2 and "influence by identity" in text and "Other scores" not in text
     changed = {name for name, content in contents(directory).items() if before.get(name) != content}
-    assert changed == {"report.html"}
+    assert changed == {"report.html", "report_identity.html"}
+    assert "influence by ekfac" in page(directory / "report_ekfac.html")
 
 
 def test_without_parts_the_page_says_how_to_get_them(copied):
@@ -92,7 +93,9 @@ def test_the_record_of_a_run(reported):
     assert set(record["planned_flops"]) == {"covariance", "eigendecomposition", "lambda", "pairwise"}
     assert all(calls >= 1 and seconds >= 0 for calls, seconds in record["stages"].values())
     assert {"Fit Covariance", "Fit Lambda", "Compute Pairwise Score", "Compute Score Parts"} <= record["stages"].keys()
-    assert record["planned_memory"] > 0 and record["peak_memory"] > 0 and record["scores"] == ["ekfac", "identity"]
+    assert (
+        record["planned_memory"] > 0 and record["peak_memory"] > 0 and list(record["scores"]) == ["ekfac", "identity"]
+    )
     assert len((reported[1] / "analysis.json").read_bytes()) < 10_000
 
 
@@ -105,15 +108,23 @@ def test_what_was_computed_before_keeps_its_seconds(copied):
     assert read_sealed_json(directory / "analysis.json") == before
     run("analyze", *ANALYZE, *places, "--factor_strategy", "kfac").ok()
     after = read_sealed_json(directory / "analysis.json")
-    assert after["scores"] == ["kfac"] and after["stages"]["Fit Covariance"] == before["stages"]["Fit Covariance"]
+    assert list(after["scores"]) == ["kfac"] and after["stages"]["Fit Covariance"] == before["stages"]["Fit Covariance"]
     assert after["stages"]["Compute Pairwise Score"] != before["stages"]["Compute Pairwise Score"]
+    assert "Compute Score Parts" not in after["stages"]
+    assert "There is no record of the run" in page_of(directory, flags, "ekfac")
+
+
+def page_of(directory, flags, name):
+    run("report", *flags, "--scores", name).ok()
+    return page(directory / "report.html")
 
 
 def test_refusals(copied, checkpoint, tmp_path):
     """One line each, and no page."""
     directory, flags = copied
-    for name in ("report.html", "report_identity.html"):
-        (directory / name).unlink()
+    for path in directory.glob("*.html"):
+        path.unlink()
+    run("report", *flags, "--scores", "tfidf").error("has no page")
     run("report", *flags, "--scores", "nope").error("no scores 'nope'", "ekfac")
     run("report", *flags, "--scores", "ekfac", "ekfac").error("names one twice")
     run("report", *flags, "--report_queries", 0).error("--report_queries must be positive")

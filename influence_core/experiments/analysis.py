@@ -19,13 +19,13 @@ from influence_core.experiments.pages import write_pages
 from influence_core.experiments.running import run_script
 from influence_core.experiments.showing import describe_self_influence, show
 from influence_core.experiments.trajectory import chosen_checkpoints
-from influence_core.files import remove_leftovers
+from influence_core.files import remove_leftovers, require_writable
 from influence_core.locks import only_writer
 from influence_core.profiler import Profiler
 from influence_core.runtime import Runtime
 from influence_core.scores.parts import SHOWN_EACH, shown_pairs
 from influence_core.scores.stored import pairwise_score_store
-from influence_core.scores.tokens import tells_tokens
+from influence_core.scores.tokens import tells_tokens, token_counts
 from influence_core.study import Study
 from influence_core.tasks.adapters import is_adapter
 from influence_core.tasks.example import ExampleTask, is_main_process
@@ -114,6 +114,10 @@ def _run(task_class: type[ExampleTask], arguments, runtime: Runtime, made_by: st
         "factor_batch_size": _batch_size(arguments, "factor_batch_size", num_train, runtime),
         "memory_budget": None if arguments.memory_budget_gb is None else int(arguments.memory_budget_gb * 1e9),
     }
+    if arguments.compute_per_token_scores:  # before the work, not after
+        token_counts(task, query_dataset[0])
+    if arguments.report:
+        require_writable(output_dir)
     each = {name: partial(study_of_step, name) for name in several}
     of_self = bool(arguments.self_influence)
     if is_last:
@@ -130,27 +134,25 @@ def _run(task_class: type[ExampleTask], arguments, runtime: Runtime, made_by: st
         options = {"pairs": pairs, "by_token": by_token}
         options |= {key: value for key, value in what.items() if key not in ("strategy_names", "factor_batch_size")}
         explain(study, **options) if is_last else explain_checkpoints(study, each, **options)
-    pages: list[Path] = []
-    if runtime.is_main:
-        stores = (pairwise_score_store(study, name, query_dataset, arguments.damping_factor) for name in scores)
-        places = {store.directory.name.removeprefix("scores_"): store.directory for store in stores}
-        record = write_record(study, list(places))
-        if arguments.report:
-            with study.profiler("Write Report"):
-                matrices = {name: matrix.numpy() for name, matrix in zip(places, scores.values())}
-                origins = None if own_queries is None else own_queries.origins
-                of_study = task, query_dataset, train_dataset, output_dir, places, matrices
-                pages = write_pages(*of_study, arguments, record, origins)
     runtime.print(f"\n{study.profiler.table()}\n")
     if runtime.compile:
         runtime.print(f"{what_was_compiled()}\n")
     peak, planned = gigabytes(runtime.peak_memory()), gigabytes(study.planned_memory)
     runtime.print(f"Peak memory {peak} (planned {planned})\n")
-    if runtime.is_main:
-        show(task, study, scores, query_dataset, own_queries, arguments)
-        if of_self:
-            print(describe_self_influence(task, study, list(scores)))
-        for page in pages:
+    if not runtime.is_main:
+        return
+    show(task, study, scores, query_dataset, own_queries, arguments)
+    if of_self and not (study.own_queries or study.sum_queries):
+        print(describe_self_influence(task, study, list(scores)))
+    stores = [pairwise_score_store(study, name, query_dataset, arguments.damping_factor) for name in scores]
+    places = {store.directory.name.removeprefix("scores_"): store for store in stores}
+    record = write_record(study, places)
+    if arguments.report:
+        matrices = {name: matrix.numpy() for name, matrix in zip(places, scores.values())}
+        directories = {name: store.directory for name, store in places.items()}
+        origins = None if own_queries is None else own_queries.origins
+        of_study = task, query_dataset, train_dataset, output_dir, directories, matrices
+        for page in write_pages(*of_study, arguments, record, origins):
             print(f"Report: {page}")
 
 

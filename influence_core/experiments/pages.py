@@ -10,6 +10,7 @@ import numpy as np
 
 from influence_core.errors import UserError
 from influence_core.experiments.score_sources import is_for_itself
+from influence_core.files import link_or_copy, write_whole
 from influence_core.report.analysed import Analysed
 from influence_core.report.page import write_page
 from influence_core.scores import parts, self_influence
@@ -17,7 +18,7 @@ from influence_core.scores.stored import SCORES
 from influence_core.storage import StageStore
 from influence_core.tasks.example import ExampleTask
 
-PAGE = "report"
+PAGE, FIRST = "report", "report.html"
 EXPERIMENTS = ("lds", "counterfactual")  # whose results lie in the output directory
 
 
@@ -32,9 +33,9 @@ def write_pages(
     record: Mapping[str, Any],
     origins: Sequence[str] | None = None,
 ) -> list[Path]:
-    """Write a page for each kind of scores: report.html for the first, report_<name>.html for others, with links.
+    """Write a page for each kind of scores, report_<name>.html, with links to each other; report.html is the first's.
 
-    Those of the user's own queries, and of a sum, have names of their own: they stand beside the others.
+    Not that of the user's own queries, or of a sum, which stands beside those of the data's.
 
     Args:
         directories: {name: where the scores lie, and what was made of them}.
@@ -49,20 +50,26 @@ def write_pages(
     """
     results = read_results(output_dir)
     first = next((name for name in matrices if not is_for_itself(directories[name])), None)
-    files = {name: page_name(name, name == first) for name in matrices}
+    files = {name: page_name(name) for name in matrices}
     for name, matrix in matrices.items():
         analysed = load_analysed(name, directories[name], matrix, record, results)
         others = [(other, file) for other, file in files.items() if other != name]
+        if is_for_itself(directories[name]) and (output_dir / FIRST).exists():
+            others.append(("of the data’s queries", FIRST))
         write_page(
             output_dir / files[name], task, query_dataset, train_dataset, analysed, arguments.report_queries,
             vars(arguments), others, origins,
         )  # fmt: skip
-    return [output_dir / file for file in files.values()]
+    paths = {name: output_dir / file for name, file in files.items()}
+    if first is not None:
+        write_whole(output_dir / FIRST, lambda temporary: link_or_copy(paths[first], temporary))
+        paths[first] = output_dir / FIRST
+    return list(paths.values())
 
 
-def page_name(name: str, is_first: bool) -> str:
+def page_name(name: str) -> str:
     """Of the page of these scores."""
-    return f"{PAGE}.html" if is_first else f"{PAGE}_{re.sub(r'[^a-zA-Z0-9.-]', '_', name)}.html"
+    return f"{PAGE}_{re.sub(r'[^a-zA-Z0-9.-]', '_', name)}.html"
 
 
 def load_analysed(
@@ -73,6 +80,8 @@ def load_analysed(
     manifest = scores.manifest()
     if manifest is None:  # made elsewhere
         return Analysed(name, matrix, record=dict(record), results=dict(results))
+    if record.get("scores", {}).get(name) != scores.checksum():
+        record = {}  # of others
     return Analysed(
         name,
         matrix,

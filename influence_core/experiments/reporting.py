@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+from influence_core.errors import UserError
 from influence_core.experiments.analysis_record import read_record
 from influence_core.experiments.arguments import parse
 from influence_core.experiments.pages import write_pages
 from influence_core.experiments.running import run_script
-from influence_core.experiments.score_sources import FILE, directory_of, load_all_scores
+from influence_core.experiments.score_sources import FILE, TFIDF, directory_of, load_all_scores
 from influence_core.experiments.stored_results import StoredResults
 from influence_core.files import require_writable
 from influence_core.tasks.example import ExampleTask
@@ -22,6 +23,8 @@ def _report(task_class: type[ExampleTask], arguments) -> None:
     if not stored.is_main:
         return
     names = arguments.scores or _last_run(stored.output_dir)
+    if TFIDF in (names or ()):
+        raise UserError(f"--scores {TFIDF}: a baseline that knows no model has no page")
     scores = load_all_scores(names, stored, baseline=False)
     require_writable(stored.output_dir)
     directories = {label: directory_of(name, stored.output_dir) for label, name in zip(scores, names or scores)}
@@ -36,6 +39,6 @@ def _report(task_class: type[ExampleTask], arguments) -> None:
 
 def _last_run(output_dir: Path) -> list[str] | None:
     """The scores that analyze.py made last, if they are all there; None: whichever there are."""
-    names = read_record(output_dir).get("scores", [])
+    names = list(read_record(output_dir).get("scores", ()))
     there = names and all((output_dir / f"scores_{name}" / FILE).exists() for name in names)
     return names if there else None

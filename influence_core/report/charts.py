@@ -93,8 +93,10 @@ def histogram(title: str, scores: np.ndarray, marked: Sequence[tuple[int, bool]]
     Args:
         marked: (training example, whether it is of the highest).
     """
+    scores = np.asarray(scores, np.float64)
     lowest, highest = float(scores.min()), float(scores.max())
-    span = highest - lowest or 1.0
+    least = max(1e-6 * max(abs(lowest), abs(highest)), 1e-30)  # else there are no numbers between the bins' edges
+    span = max(highest - lowest, least)
     counts, edges = np.histogram(scores, NUM_BINS, (lowest, lowest + span))
     tallest = math.log1p(counts.max())
     width = WIDTH / NUM_BINS

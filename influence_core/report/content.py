@@ -45,6 +45,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Query:
+    name: str
     text: Text
     top: list[Shown]
     bottom: list[Shown]  # the lowest first
@@ -77,6 +78,7 @@ class Listed:
     index: int
     figures: str  # what it is listed for
     beginning: str
+    queries: list[int] = field(default_factory=list)  # of the page, that have it among their highest
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ class Page:
     asked: list[tuple[str, str]]  # what was asked, by name
     scale: str  # what a score's size means
     measured: str  # what is asked about a query
+    aim: str  # what the model does well where that is low
+    about: str  # which data and queries these are
     unshaded: str | None  # why no tokens are shaded, and what would
     queries: list[Query]
     num_queries: int  # that have scores

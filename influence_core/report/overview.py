@@ -1,6 +1,7 @@
 """The overview: what was asked, which examples stand out over all queries, what experiments say of the scores."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,11 @@ from influence_core.report.content import Listed, Section, Table
 from influence_core.report.queries import Shelf
 from influence_core.report.texts import short
 
+FEW_QUERIES = 10  # fewer have hardly any example in common
 UNREADABLE = "What it says can't be read: it is of another version of this program."
 
 
-def influential(analysed: Analysed, shelf: Shelf, num_each: int) -> list[Section]:
+def influential(analysed: Analysed, shelf: Shelf, num_each: int, num_shown: int) -> list[Section]:
     """The training examples with the largest sums of scores, and those that most queries have among their highest."""
     scores = analysed.scores
     num_queries, num_train = scores.shape
@@ -24,22 +26,27 @@ def influential(analysed: Analysed, shelf: Shelf, num_each: int) -> list[Section
     counts = np.bincount(tops.ravel(), minlength=num_train)
 
     def said(index: int) -> str:
-        return f"sum {figure(sums[index])}, among the top {num_top} of {counts[index]} queries"
+        queries = "1 query" if counts[index] == 1 else f"{counts[index]} queries"
+        return f"sum {figure(sums[index])}, among the top {num_top} of {queries}"
 
-    by_sum = np.argsort(-sums, kind="stable")[:num_each].tolist()
-    by_count = np.argsort(-counts, kind="stable")[:num_each].tolist()
-    return [
+    def listed(indices: np.ndarray) -> list[Listed]:
+        of_page = {index: np.flatnonzero((tops[:num_shown] == index).any(1)).tolist() for index in indices.tolist()}
+        return [replace(each, queries=of_page[each.index]) for each in _listed(shelf, list(of_page), said)]
+
+    by_sum, by_count = (np.argsort(-values, kind="stable")[:num_each] for values in (sums, counts))
+    sections = [
         Section(
             "Most influential over all queries",
             [f"The training examples with the largest sum of scores over all {num_queries:,} queries."],
-            examples=_listed(shelf, by_sum, said),
+            examples=listed(by_sum),
         ),
         Section(
             "Most often among the highest",
             [f"The training examples that most queries have among their top {num_top}."],
-            examples=_listed(shelf, by_count, said),
+            examples=listed(by_count),
         ),
     ]
+    return sections[: 2 if num_queries >= FEW_QUERIES else num_queries > 1]
 
 
 def self_influence(analysed: Analysed, shelf: Shelf, num_each: int) -> list[Section]:
@@ -75,19 +82,23 @@ def experiments(analysed: Analysed) -> list[Section]:
             continue
         result = analysed.results[name]
         try:
-            sections.append(_of_other_data(title, analysed, result) or read(title, result))
+            section = read(title, result)
+            sections.append(_of_other_data(title, analysed, result) or section)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError):  # somebody else's file
             sections.append(Section(title, [UNREADABLE]))
     return sections
 
 
 def _of_other_data(title: str, analysed: Analysed, result: Mapping[str, Any]) -> Section | None:
-    """A note in place of a result that is not of these data."""
-    ours = {key: analysed.settings.get(key) for key in ("train_dataset", "query_dataset")}
-    stored = result.get("settings", {}).get("scores", {}).values()
-    known = [{key: each[key] for key in ours} for each in stored if each and all(map(each.get, ours))]
-    if analysed.settings and known and ours not in known:
-        return Section(title, ["There is a result in the output directory, of other data than these scores'."])
+    """A note in place of a result that is not of this model and its data, or of earlier scores of this name."""
+    stored = result.get("settings", {}).get("scores", {})
+    ours = {key: analysed.settings.get(key) for key in ("model", "train_dataset")}
+    known = [{key: each.get(key) for key in ours} for each in stored.values() if each]
+    own = stored.get(analysed.name) or {}
+    is_earlier = any(own.get(key) != analysed.settings.get(key) for key in ("damping", "factors", "checkpoints") if own)
+    if analysed.settings and (ours not in known or is_earlier):
+        return Section(title, ["There is a result in the output directory, of another model or other data than these "
+                               "scores', or of earlier ones: run that script again."])  # fmt: skip
     return None
 
 

@@ -68,7 +68,7 @@ class Draft:
         read_pairs(self.shelf, self.pairs)
         self.asked = asked(analysed, flags or {})
         self.sections = [
-            *influential(analysed, self.shelf, SHOWN_EACH),
+            *influential(analysed, self.shelf, SHOWN_EACH, self.num_queries),
             *self_influence(analysed, self.shelf, SHOWN_EACH),
             *experiments(analysed),
             *run_sections(analysed),
@@ -97,6 +97,8 @@ class Draft:
             asked=self.asked,
             scale=_scale(analysed),
             measured=self.task.measured,
+            aim=self.task.aim,
+            about=self._about(),
             unshaded=None if has_tokens else f"No tokens are shaded: add {FLAG} to analyze.py, and they are.",
             queries=[replace(query, text=shelf.query(query.text.index).text()) for query in self.queries],
             num_queries=len(self.analysed.scores),
@@ -107,11 +109,23 @@ class Draft:
             data=data,
         )
 
+    def _about(self) -> str:
+        """Which model, data and queries."""
+        known, num_queries = dict(self.asked), len(self.shelf.query_dataset)
+        queries = f"{num_queries:,} queries"
+        if self.analysed.are_summed:
+            queries += ", summed"
+        elif self.num_queries < num_queries:
+            queries += f", of which the first {self.num_queries:,} are here"
+        whose = "of your own" if self.shelf.origins is not None else "that the model was not trained on"
+        of = f"{len(self.shelf.train_dataset):,} training examples; {queries} ({whose})"
+        return "; ".join(each for each in (known.get("Model"), known.get("Data"), of) if each)
+
 
 def _scale(analysed: Analysed) -> str:
     if analysed.scale is None:
         return "Their size has no unit: only their order means something."
     return (
-        f"A score divided by {analysed.scale:,.6g} is the change that is predicted if the example were left out of "
-        "training: trust the order more than the size."
+        f"Trust the order, not the size: divided by {analysed.scale:,.6g} a score would be the change if the example "
+        "were left out of training, and what retraining does is often many times smaller."
     )

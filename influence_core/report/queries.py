@@ -142,8 +142,9 @@ def make_query(shelf: Shelf, analysed: Analysed, pairs: Sequence[tuple[int, Pair
     num_top = min(num_each, -(-len(shown) // 2))
     top, bottom = shown[:num_top], shown[num_top:][::-1]
     marked = [(each.index, each.rank <= num_top) for each in shown]
-    title = f"Scores of all {len(scores):,} training examples for query {example.index}"
-    return Query(example.text(), top, bottom, histogram(title, scores, marked))
+    name = "The sum of all queries" if shelf.are_summed else f"Query {example.index}"
+    title = f"Scores of all {len(scores):,} training examples for {name[0].lower()}{name[1:]}"
+    return Query(name, example.text(), top, bottom, histogram(title, scores, marked))
 
 
 def _shown(shelf: Shelf, query: Example, pair: Pair, number: int, rank: int, score: float, largest: float) -> Shown:

@@ -29,7 +29,7 @@ def asked(analysed: Analysed, flags: Mapping[str, Any]) -> list[tuple[str, str]]
     checkpoints = settings.get("checkpoints")
     rows = {
         "Model": f"{model}, checkpoint {flags.get('checkpoint_dir')}",
-        "Data": f"{data or 'not known'}: {num_train:,} training examples, {num_queries:,} queries",
+        "Data": data or None,
         "Scores": f"{analysed.name}, {num_queries:,} x {num_train:,}",
         "Damping": settings.get("damping"),
         "Tracked": analysed.record.get("tracked") or (layers and f"{len(layers)} layers"),
@@ -45,7 +45,8 @@ def run_sections(analysed: Analysed) -> list[Section]:
     if record:
         sections += [_plan(record), _stages(record)]
     else:
-        sections.append(Section("The run", ["analyze.py left no record of its run in the output directory."]))
+        note = "There is no record of the run that made these scores: analyze.py keeps that of its last one."
+        sections.append(Section("The run", [note]))
     if analysed.settings:
         rows = [[short(key), short(_value(value))] for key, value in analysed.settings.items()]
         sections.append(Section("Settings, as stored with the scores", tables=[Table(["setting", "value"], rows)]))

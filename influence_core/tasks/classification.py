@@ -26,6 +26,7 @@ class ClassificationTask(TransformerTask):
     """
 
     measured = "negative margin (how much surer the model is of the other classes than of the right one)"
+    aim = "choose the right one"
     tokenizer_style = "roberta"
     position_limits = {"input_ids": "max_length"}
 

@@ -32,6 +32,7 @@ class ExampleTask(InfluenceTask):
 
     name: ClassVar[str]  # folder of the example
     measured: ClassVar[str] = "measurement"  # what that is, for a person to read
+    aim: ClassVar[str] = "do well on the query"  # what the model does where it is low
     presets: ClassVar[dict[str, dict[str, Any]]] = {}  # {"full": {flag: default}, "demo": …}; flags of any script
     # {flag: flags whose values belong to its own}: a preset's, or a checkpoint's, are not for another.
     belonging: ClassVar[dict[str, tuple[str, ...]]] = {}

@@ -30,6 +30,7 @@ class LanguageModelTask(TransformerTask):
     """
 
     measured = "loss (the summed cross-entropy of its tokens)"
+    aim = "say what the query says"
     count_name: ClassVar[str] = "tokens"  # of an example's number of targets, among the evaluation's values
 
     @abstractmethod

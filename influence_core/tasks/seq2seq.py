@@ -28,6 +28,7 @@ class Seq2SeqTask(LanguageModelTask):
     auto_model, config_class = AutoModelForSeq2SeqLM, T5Config
     tokenizer_style = "t5"
     measured = "loss (the summed cross-entropy of its target)"
+    aim = "write the query’s target"
     position_limits = {"input_ids": "max_source_length", "labels": "max_target_length"}
     source_name: ClassVar[str] = "Source"  # as a person reads it
     target_name: ClassVar[str] = "Target"

@@ -52,9 +52,11 @@
     if (size < 1e-3 || size >= 1e8) return sign + size.toExponential(1).replace("-", "−");
     return sign + (size >= 1000 ? size.toLocaleString("en") : String(size));
   };
-  const percent = (share) => {
-    const size = Math.abs(100 * share);
-    return `${share < 0 ? "−" : "+"}${size.toFixed(size < 9.95 ? 1 : 0)} %`;
+  // Of a score's size, so that the sign is the part's own.
+  const percent = (value, score) => {
+    const size = score ? Math.abs((100 * value) / score) : 0;
+    const digits = size.toFixed(size < 9.95 ? 1 : 0);
+    return Number(digits) ? `${value < 0 ? "−" : "+"}${digits} %` : "0 %";
   };
 
   // -------------------------------------------------------------------------------------------------- tokens
@@ -70,7 +72,7 @@
       const value = values ? values[number] : 0;
       const token = make("span", "token", piece);
       if (values) {
-        valueOf.set(token, [value, value / score]);
+        valueOf.set(token, [value, score]);
         token.tabIndex = -1;
         const weight = strongest ? Math.abs(value) / strongest : 0;
         if (weight > 0.004) {
@@ -120,7 +122,7 @@
         bar.style.left = `${(100 * (Math.min(own[number], 0) - lowest)) / span}%`;
         bar.style.width = `${(100 * Math.abs(own[number])) / span}%`;
         rail.append(bar);
-        line.append(make("span", "name", name), rail, make("span", "value", percent(own[number] / score)));
+        line.append(make("span", "name", name), rail, make("span", "value", percent(own[number], score)));
         part.append(line);
       });
       box.append(part);
@@ -152,7 +154,7 @@
     const pair = data.pairs[details.dataset.pair], number = query.dataset.number;
     drawText(find(".text", query), data.queries[number], pair[1], data.scores[details.dataset.pair]);
     find(".shaded-by", query).textContent = pair[1]
-      ? `Shaded by what the model did where it read each token: its part in the score of example ${details.dataset.example}. Full colour: the strongest.` : "";
+      ? `Shade: the part of example ${details.dataset.example}’s score that comes from what the model computed at a token, for it and for what follows. Full colour: the strongest.` : "";
     all(".example.chosen", query).forEach((other) => other.classList.remove("chosen"));
     details.classList.add("chosen");
   };
@@ -176,7 +178,7 @@
   const links = all(".queries a");
   const entries = links.map((link) => link.parentElement);
   const texts = views.map((view, number) =>
-    number ? all(".text .tokens", view).map((row) => row.textContent).join("\n").toLowerCase() : "");
+    number ? [find("h2", view), ...all(".text .tokens", view)].map((row) => row.textContent).join("\n").toLowerCase() : "");
   let current = -1;
 
   const show = (number) => {
@@ -202,7 +204,9 @@
   };
   const byHash = () => {
     const number = views.findIndex((view) => [`#/${view.id}`, `#${view.id}`].includes(location.hash));
-    show(number >= 0 ? number : Math.min(1, views.length - 1));
+    const unknown = number < 0 && /^#\/?q(\d+)$/.exec(location.hash);
+    if (unknown) find("#found").textContent = `Query ${unknown[1]} is not on this page`;
+    show(number >= 0 ? number : unknown ? 0 : Math.min(1, views.length - 1));
   };
   window.addEventListener("hashchange", byHash);
 
@@ -216,6 +220,9 @@
     event.preventDefault();
     go(number);
   }));
+
+  // The same query on the page of other scores.
+  all(".others a").forEach((link) => link.addEventListener("click", () => { link.hash = location.hash; }));
 
   const stepExample = (by) => {
     const list = all(".example", views[current]);
@@ -257,8 +264,8 @@
   const hideTip = () => { tip.hidden = true; };
   const showTip = (token) => {
     if (!valueOf.has(token)) return;
-    const [value, share] = valueOf.get(token);
-    tip.textContent = `${figure(value)}  ·  ${percent(share)} of the score`;
+    const [value, score] = valueOf.get(token);
+    tip.textContent = `${figure(value)}  ·  ${percent(value, score)} of the score`;
     tip.hidden = false;
     const box = token.getClientRects()[0] || token.getBoundingClientRect();
     const left = Math.min(Math.max(box.left, 4), document.documentElement.clientWidth - tip.offsetWidth - 4);
@@ -291,8 +298,14 @@
       o: () => go(0),
       Escape: hideTip,
     };
-    for (const [key, by] of [["ArrowRight", 1], ["ArrowLeft", -1]]) {
-      actions[key] = () => (isToken(event.target) ? stepToken(event.target, by) : step(by));
+    if (isToken(event.target)) {
+      actions.ArrowRight = () => stepToken(event.target, 1);
+      actions.ArrowLeft = () => stepToken(event.target, -1);
+    } else {
+      actions.ArrowRight = () => {
+        const first = find(".example[open] .token[tabindex='0']", views[current]);
+        if (first) first.focus();
+      };
     }
     if (!Object.hasOwn(actions, event.key)) return;
     event.preventDefault();
