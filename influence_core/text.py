@@ -45,6 +45,7 @@ _WRITTEN = "|".join(
         f"(?<=[{_WITHOUT_BLANKS}])\u200b(?=[{_WITHOUT_BLANKS}])",  # where a line may end
     )
 )
+_ANY_HIDDEN = re.compile(f"[{_HIDDEN}]")
 _WRITTEN_OR_HIDDEN = re.compile(f"({_WRITTEN})|[{_HIDDEN}]")
 
 
@@ -53,4 +54,6 @@ def visible(text: str) -> str:
 
     Where such a character is part of how a script is written (Persian words, pictures of several), one of it stays.
     """
+    if not _ANY_HIDDEN.search(text):  # as in most texts: the whole pattern takes many times as long
+        return text
     return _WRITTEN_OR_HIDDEN.sub(lambda found: found[1] or ascii(found[0])[1:-1], text)

@@ -110,8 +110,8 @@ def _load_own(name: str, path: Path, experiment, num_summed: int | None) -> Scor
     settings = manifest["settings"]
     queries, train = experiment.dataset_fingerprints
     if settings.get(OWN_QUERIES):
-        raise UserError(f"scores {name!r} are of queries of your own (--query_text, --query_file): retraining measures "
-                        "those of the validation set")  # fmt: skip
+        raise UserError(f"scores {name!r} are of queries of your own (--query_text, --query_file), and here those of the "
+                        "validation set count; analyze.py --report with the same queries writes their page")  # fmt: skip
     if settings.get(SUM_QUERIES):
         queries = _fingerprint_of_summed(name, settings, experiment, num_summed)
     else:
@@ -136,7 +136,8 @@ def _fingerprint_of_summed(name: str, settings: dict[str, Any], experiment, num_
     """Of the queries that a sum has to be of."""
     if num_summed is None:
         raise UserError(f"scores {name!r} are of the sum of all queries (--sum_queries), and here each query has its "
-                        "own: only run_counterfactual.py takes a sum")  # fmt: skip
+                        "own: only run_counterfactual.py takes a sum; analyze.py --sum_queries --report writes its "
+                        "page")  # fmt: skip
     if settings["num_queries"] != num_summed:
         raise UserError(
             f"scores {name!r} are of the sum of {settings['num_queries']} queries, and here the first {num_summed} "
