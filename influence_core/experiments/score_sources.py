@@ -110,8 +110,10 @@ def _load_own(name: str, path: Path, experiment, num_summed: int | None) -> Scor
     settings = manifest["settings"]
     queries, train = experiment.dataset_fingerprints
     if settings.get(OWN_QUERIES):
-        raise UserError(f"scores {name!r} are of queries of your own (--query_text, --query_file), and here those of the "
-                        "validation set count; analyze.py --report with the same queries writes their page")  # fmt: skip
+        raise UserError(
+            f"scores {name!r} are of queries of your own (--query_text, --query_file), and here those of "
+            "the validation set count; analyze.py --report with the same queries writes their page"
+        )
     if settings.get(SUM_QUERIES):
         queries = _fingerprint_of_summed(name, settings, experiment, num_summed)
     else:
