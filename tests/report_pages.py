@@ -54,7 +54,7 @@ def made_up(task, queries, train, has_parts=True, scores=None, name="ekfac", **k
     rng = np.random.default_rng(0)
     if scores is None:
         scores = rng.standard_normal((len(queries), len(train))).astype(np.float32) * 1000
-    settings = {"train_dataset": "t", "query_dataset": "q", "damping": 0.1, "dtype": "float32"}
+    settings = {"model": "m", "train_dataset": "t", "query_dataset": "q", "damping": 0.1, "dtype": "float32"}
     parts = parts_of(task, queries, train, scores, rng) if has_parts else None
     return Analysed(name, scores, settings, 100.0, parts, **known)
 

@@ -39,17 +39,17 @@ def stored(output, pattern="scores_identity_queries-*"):
 
 # ------------------------------------------------------------------------------------- what they are, and what is asked
 
+NUMBERED = [{**row, "number": str(row["number"])} for row in PAIRS]
 SAME_ROWS = {  # the rows of a dataset's validation split, given as one's own: of each kind of task
     "texts": (WikiTextTask, [{"body": text} for text in TEXTS], ["--one_row_one_example"]),
     "answers": (WikiTextTask, PAIRS, ["--prompt_column", "ask", "--answer_column", "reply"]),
-    "several columns": (WikiTextTask, PAIRS, ["--prompt_column", "ask", "number", "--answer_column", "reply"]),
+    "several columns": (WikiTextTask, NUMBERED, ["--prompt_column", "ask", "number", "--answer_column", "reply"]),
     "summaries": (DailyMailTask, PAIRS, ["--prompt_column", "ask", "--answer_column", "reply"]),
     "questions": (SwagTask, QUESTIONS, ["--text_column", "context", "--ending_columns", "A", "B", "C"]),
     "nested": (SwagTask, [{"q": row["context"], "endings": [row["A"], row["B"]], "gold": "AB"[row["gold"] % 2]}
                           for row in QUESTIONS],
                ["--text_column", "q", "--ending_columns", "endings.0", "endings.1", "--label_column", "gold"]),
 }  # fmt: skip
-SAME_ROWS["several columns"][1][:] = [{**row, "number": str(row["number"])} for row in PAIRS]
 
 
 @pytest.mark.usefixtures("datasets_cache")

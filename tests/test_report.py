@@ -284,7 +284,7 @@ def lds(**changes):
         "num_significant": 3,
         "per_query": [],
     }
-    settings = {"scores": {"ekfac": {"train_dataset": "t", "query_dataset": "q"}, "tfidf": {}}}
+    settings = {"scores": {"ekfac": {"model": "m", "train_dataset": "t", "damping": 0.1}, "tfidf": {}}}
     result = {"num_queries": 4, "num_subsets": 10, "num_repeats": 2, "methods": {"ekfac": row, "tfidf": row}}
     return result | {"ceiling": 0.9, "differences": {}, "calibration": {}, "settings": settings} | changes
 
@@ -293,7 +293,7 @@ COUNTERFACTUAL = {
     "num_queries": 4, "num_train": 30, "num_repeats": 2, "removal_sizes": [0, 5, 10],
     "metrics": {"mean query perplexity": {"ekfac": {"mean": [10, 12, 15], "standard_error": [0.1, None, 0.2]},
                                           "random": {"mean": [10, 10, 10], "standard_error": [None] * 3}}},
-    "settings": {},
+    "settings": {"scores": {"ekfac": {"model": "m", "train_dataset": "t", "damping": 0.1}}},
 }  # fmt: skip
 
 
@@ -317,9 +317,11 @@ def test_a_result_that_is_none_of_ours_breaks_nothing(page_of, result):
 
 
 def test_a_result_of_other_data_is_told(page_of):
-    other = lds(settings={"scores": {"ekfac": {"train_dataset": "another", "query_dataset": "q"}}})
-    text, _, _ = page_of(texts(2), texts(30, seed=1), results={"lds": other})
-    assert "or other data than these" in text and "0.400 to 0.600" not in text
+    same = {"model": "m", "train_dataset": "t", "damping": 0.1}
+    for change in ({"train_dataset": "another"}, {"model": "another"}, {"damping": 0.2}):
+        other = lds(settings={"scores": {"ekfac": same | change}})
+        text, _, _ = page_of(texts(2), texts(30, seed=1), results={"lds": other})
+        assert "or other data than these" in text and "0.400 to 0.600" not in text
 
 
 def test_the_most_influential_over_all_queries(page_of):

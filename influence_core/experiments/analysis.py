@@ -144,7 +144,8 @@ def _run(task_class: type[ExampleTask], arguments, runtime: Runtime, made_by: st
     show(task, study, scores, query_dataset, own_queries, arguments)
     if of_self and not (study.own_queries or study.sum_queries):
         print(describe_self_influence(task, study, list(scores)))
-    stores = [pairwise_score_store(study, name, query_dataset, arguments.damping_factor) for name in scores]
+    of_scores = {"damping": arguments.damping_factor, "checkpoints": list(several) or None}
+    stores = [pairwise_score_store(study, name, query_dataset, **of_scores) for name in scores]
     places = {store.directory.name.removeprefix("scores_"): store for store in stores}
     record = write_record(study, places)
     if arguments.report:
