@@ -118,8 +118,9 @@ class Draft:
         elif self.num_queries < num_queries:
             queries += f", of which the first {self.num_queries:,} are here"
         whose = "of your own" if self.shelf.origins is not None else "that the model was not trained on"
-        of = f"{len(self.shelf.train_dataset):,} training examples; {queries} ({whose})"
-        return "; ".join(each for each in (known.get("Model"), known.get("Data"), of) if each)
+        sizes = f"{len(self.shelf.train_dataset):,} training examples; {queries} ({whose})"
+        data = f"{known['Data']}: {sizes}" if "Data" in known else sizes
+        return f"{data}. Model: {known['Model']}."
 
 
 def _scale(analysed: Analysed) -> str:

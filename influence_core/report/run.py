@@ -22,13 +22,12 @@ def asked(analysed: Analysed, flags: Mapping[str, Any]) -> list[tuple[str, str]]
     settings = analysed.settings
     num_queries, num_train = analysed.scores.shape
     model = flags.get("model_name_or_path") or "from scratch"
-    if flags.get("config_overrides"):
-        model += f" ({flags['config_overrides']})"
     data = " ".join(str(flags[key]) for key in ("dataset_name_or_path", "dataset_config") if flags.get(key))
     layers = settings.get("tracked_layers")
     checkpoints = settings.get("checkpoints")
     rows = {
         "Model": f"{model}, checkpoint {flags.get('checkpoint_dir')}",
+        "Config": flags.get("config_overrides") or None,
         "Data": data or None,
         "Scores": f"{analysed.name}, {num_queries:,} x {num_train:,}",
         "Damping": settings.get("damping"),

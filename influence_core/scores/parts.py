@@ -36,7 +36,7 @@ from influence_core.study import Study
 
 STAGE = "score_parts"
 SHOWN_EACH = 10  # highest and lowest training examples of a query whose scores are looked into
-MOST_QUERIES = 16  # whose preconditioned gradients, and what their layers saw, are at hand at once
+MOST_QUERIES = 64  # whose preconditioned gradients, and what their layers saw, are at hand at once
 
 Pair = tuple[int, int]  # query, training example
 
@@ -299,8 +299,11 @@ class _PartsJob:
             whole = layer.matrix_gradients(captured.compact().to(self.dtype))
             whole = self.task.post_process_per_sample_gradient(layer.name, whole)
         for rows in slices(len(captured if whole is None else whole), chunk):
-            made = layer.matrix_gradients(captured[rows].compact().to(self.dtype)) if whole is None else whole[rows]
-            (preconditioned,) = preconditioner.of_gradients(made)
+            if whole is None:
+                some = captured[rows].compact().to(self.dtype)
+                made, (preconditioned,) = layer.matrix_gradients(some), preconditioner.of_captured(some)
+            else:
+                made, (preconditioned,) = whole[rows], preconditioner.of_gradients(whole[rows])
             yield from zip(range(rows.start, rows.stop), made, preconditioned)
 
     def _places(self, dataset: Sequence[Any], indices: list[int]) -> TokenPlaces | None:

@@ -33,6 +33,7 @@ DEMO_DEFAULTS = {
     "num_masks": 10,
     "num_repeats.evaluate_lds": 2,
     "self_influence": True,
+    "report_queries": 20,
     "report": True,
 }
 
