@@ -248,6 +248,7 @@ def reading(checkpoint, results):
     return script(*ANALYZE, "--checkpoint_dir", checkpoint, "--output_dir", results[1], "--factor_strategy", "ekfac")
 
 
+@pytest.mark.slow
 def test_an_ascii_terminal_gets_replacements(reading):
     outcome = run_process(reading, PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="C")
     assert "Scores (ekfac)" in outcome.ok() and outcome.out.isascii()

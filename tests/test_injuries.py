@@ -247,6 +247,7 @@ def test_damaged_retrainings_and_banks(keep, checkpoint, tmp_path):
     run("evaluate_lds", *flags, "--learning_rate", "0.5").error("was made otherwise", "learning_rate")
 
 
+@pytest.mark.slow
 def test_a_damaged_state_of_training_is_not_gone_on_from(training):
     directory, flags, expected, _ = training
     name = "epoch-1.safetensors"

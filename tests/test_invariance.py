@@ -163,6 +163,7 @@ def test_groups_of_layers_and_tiles_of_queries_do_not_matter(tmp_path, monkeypat
     assert_same_numbers(plain, scores, recomposed_factors(tmp_path))
 
 
+@pytest.mark.slow
 def test_the_memory_budget_does_not_matter(tmp_path, monkeypatch, plain):
     """From too little memory to plenty: plans that fit and are whole, passes that become fewer, the same scores."""
     plans = []

@@ -38,7 +38,11 @@ def trained(name, directory):
     return task_class, [*common, "--output_dir", directory / "results", "--num_queries", "5"]
 
 
-@pytest.mark.parametrize("name", CASES)
+# Those that test_all_scripts takes through all of them, and near relatives, are left to `make test-slow`.
+LEFT = {"BERT", "DistilBERT"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.slow if x in LEFT else ()) for x in CASES])
 def test_train_and_analyze(name, tmp_path):
     task_class, flags = trained(name, tmp_path)
     flags += ["--track", "blocks", "--factor_strategy", "ekfac", "identity"]

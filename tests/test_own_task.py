@@ -90,6 +90,7 @@ def test_the_contract_s_own_example(tmp_path):
     assert relative_error(names["scores"], gradients[:2] @ gradients.T) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_readme_s_commands_for_a_model_and_data_of_one_s_own(tmp_path, monkeypatch):
     """Read out and run, small; the scripts after train.py need no more than its checkpoint."""
     section = (ROOT / "README.md").read_text().split("## Your own model and data\n")[1].split("\n## ")[0]

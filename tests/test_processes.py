@@ -106,7 +106,7 @@ def looked_into(directory, runtime):
     return [*found, parts.by_layer, *parts.train_tokens]
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_what_scores_are_made_of_and_self_influence(tmp_path, world_size):
     (tmp_path / "one").mkdir()
     expected = looked_into(tmp_path / "one", Runtime(precision=FLOAT64, seed=SEED))

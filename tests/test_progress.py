@@ -256,6 +256,7 @@ def test_torchrun_logs_of_rank_0_alone(tmp_path):
     assert len(shown) == 4 and all(LINE.match(line) for line in shown) and "\r" not in outcome.err, outcome.err
 
 
+@pytest.mark.slow
 def test_a_terminal_has_bars(terminal, tmp_path):
     """Of this project, with what tqdm writes to move in them; not of transformers."""
     command = ["wikitext_gpt2/train.py", *TRAIN, "--checkpoint_dir", tmp_path / "checkpoint"]

@@ -125,6 +125,7 @@ SMALL = ["--num_train", "128", "--num_queries", "32", "--block_size", "64"]
 SMALL += ["--config_overrides", "n_layer=2,n_embd=192,n_head=6,vocab_size=1024"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler ($CXX or g++)")
 @pytest.mark.skipif(torch.backends.cuda.is_built(), reason="this torch has a CUDA of its own")
 def test_the_analysis_itself_is_what_is_modelled():
