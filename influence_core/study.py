@@ -1,7 +1,7 @@
 """One study: a model, its training set, and the directory where its factors and scores lie."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -225,6 +225,15 @@ class Study:
         yield todo
         self.computed.add(store.manifest_path)
         self.runtime.barrier()
+
+    def unfinished(self, stores: Mapping[str, StageStore]) -> list[str]:
+        """Of stages by name, those whose results are not stored already."""
+        todo = []
+        for name, store in stores.items():
+            with self.stage(store) as is_unfinished:
+                if is_unfinished:
+                    todo.append(name)
+        return todo
 
     def _may_adopt(self, twin: StageStore) -> bool:
         """Whether the twin is finished, with the same settings, and not of a run that is to be done again."""

@@ -178,10 +178,7 @@ class Preconditioner:
         Returns:
             [n, out, in(+1)] for each strategy; the caller may not change them in place.
         """
-        captured = captured.to(self.dtype)
-        return self._apply(
-            lambda: self.layer.matrix_gradients(captured), lambda basis: basis.rotated_gradients(captured)
-        )
+        return self._apply(*self._makers(captured))
 
     def of_gradients(self, gradients: Tensor) -> Iterator[Tensor]:
         """As `of_captured`, of gradients [n, out, in(+1)] that are at hand."""
@@ -190,15 +187,17 @@ class Preconditioner:
 
     def self_products(self, captured: Captured) -> Iterator[Tensor]:
         """g^T (F + damping)^-1 g for each strategy in turn, [n] each; nothing has to be rotated back."""
-        captured = captured.to(self.dtype)
-        return self._squares(
-            lambda: self.layer.matrix_gradients(captured), lambda basis: basis.rotated_gradients(captured)
-        )
+        return self._squares(*self._makers(captured))
 
     def self_products_of(self, gradients: Tensor) -> Iterator[Tensor]:
         """As `self_products`, of gradients [n, out, in(+1)] that are at hand."""
         gradients = gradients.to(self.dtype)
         return self._squares(lambda: gradients, lambda basis: basis.rotate(gradients))
+
+    def _makers(self, captured: Captured) -> tuple[Callable[[], Tensor], Callable[[Eigenbasis], Tensor]]:
+        """What makes the gradients, see `_in_bases`."""
+        captured = captured.to(self.dtype)
+        return lambda: self.layer.matrix_gradients(captured), lambda basis: basis.rotated_gradients(captured)
 
     def _apply(self, *make: Callable) -> Iterator[Tensor]:
         for basis, gradients, inverse in self._in_bases(*make):

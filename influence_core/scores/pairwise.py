@@ -57,11 +57,7 @@ def compute_pairwise_scores(
         name: pairwise_score_store(study, name, query_dataset, damping, factors)
         for name, factors in factor_stores.items()
     }
-    todo = []
-    for name, store in stores.items():
-        with study.stage(store) as unfinished:
-            if unfinished:
-                todo.append(name)
+    todo = study.unfinished(stores)
     if todo:
         job = _PairwiseJob(study, todo, factor_stores, query_dataset, plan, damping, query_batch_size, train_batch_size)
         scores = job.run(stores[todo[0]], lambda: [stores[name].settings for name in todo])

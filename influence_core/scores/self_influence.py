@@ -56,11 +56,7 @@ def compute_self_influence(
         UserError: a number is beyond the range of the number format.
     """
     stores = {name: self_influence_store(study, name, damping, factors) for name, factors in factor_stores.items()}
-    todo = []
-    for name, store in stores.items():
-        with study.stage(store) as unfinished:
-            if unfinished:
-                todo.append(name)
+    todo = study.unfinished(stores)
     if todo:
         progress_store = stores[todo[0]]
         partition = {"strategies": todo, "made_by": lambda: [stores[name].settings for name in todo]}
