@@ -25,9 +25,11 @@ def order_examples(lengths: Sequence[int], runtime: Runtime) -> list[int]:
     """This process's share of the examples, the longest first.
 
     Examples of like length meet in a batch, so that little of it is padding, and a batch that is too large for the
-    memory is met at once. Every example belongs to exactly one process, and none is repeated.
+    memory is met at once. Every example belongs to exactly one process, and none is repeated. Where parameters are
+    sharded, all processes go through all examples together (study.captures), and this is the order of all.
     """
-    return sorted(share(len(lengths), runtime), key=lambda index: -lengths[index])
+    of_process = range(len(lengths)) if runtime.sharded else share(len(lengths), runtime)
+    return sorted(of_process, key=lambda index: -lengths[index])
 
 
 def make_batch(task: InfluenceTask, dataset: Sequence[Any], indices: Sequence[int], runtime: Runtime) -> Batch:

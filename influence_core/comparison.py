@@ -17,6 +17,7 @@ from influence_core.padding import refuse_counted_padding
 from influence_core.parameters import refuse_other_uses
 from influence_core.passes import LossFunction
 from influence_core.precision import Precision
+from influence_core.sharding import whole
 from influence_core.study import Study
 from influence_core.task import EXAMPLE_INDEX, Batch
 
@@ -164,7 +165,7 @@ class Comparison:
             return 0.0  # of such numbers, all and nothing
         size = 0.0
         for layer in self.study.layers:
-            size = max(size, ran.captured[layer.name].size() * float(layer.parameters[0].detach().norm()))
+            size = max(size, ran.captured[layer.name].size() * float(whole(layer.parameters[0].detach()).norm()))
         return 10 * self.epsilon * size
 
     def _compare_layers(self, loss: LossFunction, what: str, alone: list[_Ran], together: _Ran) -> None:

@@ -9,13 +9,14 @@ A sealed file carries a digest of all that it says: one flipped bit, and it is r
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -225,9 +226,44 @@ def write_columns(path: Path, name: str, block: Tensor, columns: range, num_colu
     """
     block = block.contiguous()
     shape = (len(block), num_columns)
-    size = shape[0] * shape[1] * block.element_size()
-    entry = {"dtype": _DTYPE_NAMES[block.dtype], "shape": shape, "data_offsets": [0, size]}
-    header = json.dumps({name: entry}).encode()
+
+    def write(file: BinaryIO, start: int) -> None:
+        if len(columns):
+            whole = np.memmap(file, block.numpy().dtype, "r+", start, shape)
+            whole[:, columns.start : columns.stop] = block.numpy()
+            whole.flush()
+
+    _write_together(path, {name: (block.dtype, shape)}, lambda file, starts: write(file, starts[name]), runtime)
+
+
+def write_parts(path: Path, tensors: Tensors, runtime) -> None:
+    """Write a .safetensors file of which each process has some tensors, as `write_columns` does."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+    def write(file: BinaryIO, starts: Mapping[str, int]) -> None:
+        for name, tensor in tensors.items():
+            file.seek(starts[name])
+            file.write(tensor_bytes(tensor))
+        file.flush()
+        os.fsync(file.fileno())
+
+    kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    _write_together(path, runtime.gathered(kinds), write, runtime)
+
+
+def _write_together(path: Path, kinds: Mapping[str, tuple], write: Callable[[BinaryIO, dict], None], runtime) -> None:
+    """Let each process write its own numbers.
+
+    Args:
+        kinds: {tensor: (dtype, shape)} of all of the file.
+        write: is given the file, and where in it each tensor begins.
+    """
+    entries, starts, size = {}, {}, 0
+    for name, (dtype, shape) in kinds.items():
+        end = size + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [size, end]}
+        starts[name], size = size, end
+    header = json.dumps(entries).encode()
     header += b" " * (-len(header) % 8)
     header = len(header).to_bytes(8, "little") + header
     temporary = path.with_name(f".{path.name}.columns{PART}")
@@ -240,11 +276,8 @@ def write_columns(path: Path, name: str, block: Tensor, columns: range, num_colu
                 file.flush()
                 os.posix_fallocate(file.fileno(), 0, len(header) + size)
         runtime.barrier()
-        if len(columns):
-            with _opened(temporary) as file:
-                whole = np.memmap(file, block.numpy().dtype, "r+", len(header), shape)
-                whole[:, columns.start : columns.stop] = block.numpy()
-                whole.flush()
+        with _opened(temporary) as file:
+            write(file, {name: len(header) + start for name, start in starts.items()})
         runtime.barrier()
         if runtime.is_main:
             _place(temporary, path)

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from influence_core.sharding import whole
+
 
 def digest(chunks: Iterable[bytes]) -> str:
     """A short checksum over chunks of bytes."""
@@ -37,7 +39,7 @@ def model_fingerprint(model: nn.Module) -> str:
             yield json.dumps(kept, sort_keys=True, default=_in_order).encode()
         for name, tensor in model.state_dict().items():
             yield name.encode()
-            yield tensor_bytes(tensor)
+            yield tensor_bytes(whole(tensor))
 
     return digest(parts())
 

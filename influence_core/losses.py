@@ -16,6 +16,7 @@ from torch import Tensor
 
 from influence_core.labels import sample_categorical
 from influence_core.precision import Precision, active_precision
+from influence_core.sharding import whole
 
 IGNORED = -100  # as a target: a position that carries no loss
 # Positions whose logits are held at once, enough for products at full speed; and bytes of these logits, at most.
@@ -237,6 +238,7 @@ def linear_cross_entropy(
         _WATCHED.get()[id(weight)].append(noted)
         if not hidden.requires_grad:  # nothing below the head is tracked
             hidden = noted.leaf = hidden.detach().requires_grad_()
+    weight = whole(weight)
     carrying = _carrying(labels, ignore_index)
     hidden = hidden.flatten(0, -2).index_select(0, carrying)
     if uniforms is not None:
@@ -252,7 +254,7 @@ def linear_cross_entropies(hidden: Tensor, weight: Tensor, labels: Tensor, ignor
     precision = active_precision(hidden)
     carrying = _carrying(labels, ignore_index)
     some = hidden.flatten(0, -2).index_select(0, carrying), labels.flatten().index_select(0, carrying), None
-    chunks = [losses.squeeze(-1) for _, losses, _, _ in _by_chunks(Head(weight, precision), *some)]
+    chunks = [losses.squeeze(-1) for _, losses, _, _ in _by_chunks(Head(whole(weight), precision), *some)]
     losses = torch.zeros(labels.numel(), dtype=precision.sum_dtype, device=hidden.device)
     return losses.index_copy_(0, carrying, torch.cat(chunks) if chunks else losses[:0]).view(labels.shape)
 

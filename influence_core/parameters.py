@@ -4,7 +4,9 @@ They do where the layer computes its matrix, and nothing else reads the paramete
 the layer being called (tied by computation, merged with an adapter's), a forward pass replaced on the instance, a hook
 that changes what comes out: all give scores of something else, without a word.
 
-Cost: a forward and backward pass with the gradients of parameters; each is let go of as soon as it is compared.
+Cost: a forward and backward pass with the gradients of parameters; each is let go of as soon as it is compared. Of
+sharded parameters, whose gradient may arrive in parts, each process holds its shares until the pass is over; all
+processes run the same example.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,6 +18,7 @@ from influence_core.captured import Captured
 from influence_core.errors import UserError
 from influence_core.layers import TrackedLayer
 from influence_core.precision import Precision
+from influence_core.sharding import is_sharded, whole
 from influence_core.task import Batch
 
 
@@ -50,7 +53,7 @@ def other_uses(
     def compare(layer: TrackedLayer, parameter: nn.Parameter, size: float) -> None:
         seen = captured[layer.name]
         ours = layer.parameter_gradient(parameter, seen)
-        theirs = torch.zeros_like(ours) if parameter.grad is None else parameter.grad.to(ours.dtype)
+        theirs = torch.zeros_like(ours) if parameter.grad is None else whole(parameter.grad).to(ours.dtype)
         new = (float((ours - theirs).norm()), float(max(ours.norm(), theirs.norm())), 10 * epsilon * size)
         compared[layer.name] = tuple(map(max, compared.get(layer.name, new), new))
 
@@ -71,11 +74,12 @@ def other_uses(
     try:
         for parameter in list(pending):
             parameter.requires_grad_(True)
-            handles.append(parameter.register_post_accumulate_grad_hook(arrived))
+            if not is_sharded([parameter]):
+                handles.append(parameter.register_post_accumulate_grad_hook(arrived))
         with torch.enable_grad(), precision.autocast(next(model.parameters()).device):
             loss_function(model, batch).backward()
-        for parameter, (layer, size) in pending.items():  # those that no gradient reached
-            compare(layer, parameter, size)
+        for parameter in list(pending):  # those that no gradient reached, or all of it by now
+            arrived(parameter)
     finally:
         for handle in handles:
             handle.remove()

@@ -16,7 +16,7 @@ gradient could be had at a tensor that is no more what the layer made.
 
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -29,6 +29,7 @@ from influence_core.errors import UserError
 from influence_core.layers import TrackedLayer
 from influence_core.losses import HeadLoss, watched_heads
 from influence_core.precision import Precision
+from influence_core.sharding import held_whole, is_sharded, local
 from influence_core.task import EXAMPLE_INDEX, Batch
 
 LossFunction = Callable[[nn.Module, Batch], Tensor]
@@ -81,6 +82,7 @@ class GradientPass:
         self.requires_grad = [parameter.requires_grad for parameter in self.model.parameters()]
         self.training = [module.training for module in self.model.modules()]
         self.exact: list[tuple[Tensor, Tensor]] = []  # (a parameter or buffer, what it held)
+        self.rounded: list[tuple[Tensor, Tensor]] = []  # (what a process has of a sharded parameter, what it held)
         self.handles = []
         aside = uncompiled if self.compile else lambda hook: hook  # which calls that are not compiled need not pay for
         self.model.requires_grad_(False).eval()
@@ -90,7 +92,7 @@ class GradientPass:
                     self._swap(tensor, tensor.data.to(self.precision.product_dtype))
         if self.precision.emulated:
             for module in self._products():
-                self._swap(module.weight, self.precision.operand(module.weight.data))
+                self._round(module.weight)
                 self.handles.append(module.register_forward_pre_hook(aside(self._round_input), with_kwargs=True))
         hooks = {site: self._hook(layer, site) for layer in self.layers for site in layer.sites}
         for site, module in ((site, module) for layer in self.all_layers for site, module in layer.sites.items()):
@@ -99,13 +101,18 @@ class GradientPass:
         if self.precision.emulated:  # after the hooks above: so that the output's gradient is rounded as well
             for module in self._products():
                 self.handles.append(module.register_forward_hook(aside(self._round_output)))
+        self.held = ExitStack()  # heads whose losses are noted: their gradients are made of their weights
+        self.held.enter_context(held_whole(weight for layer in self.layers for weight in layer.watched.values()))
         return self
 
     def __exit__(self, *exception) -> None:
+        self.held.close()
         for handle in self.handles:
             handle.remove()
         for tensor, held in reversed(self.exact):
             tensor.data = held
+        for part, held in self.rounded:
+            part.copy_(held)
         for parameter, requires_grad in zip(self.model.parameters(), self.requires_grad):
             parameter.requires_grad_(requires_grad)
         for module, training in zip(self.model.modules(), self.training):
@@ -176,6 +183,15 @@ class GradientPass:
         """Let a parameter or buffer hold other numbers until the pass ends."""
         self.exact.append((tensor, tensor.data))
         tensor.data = data
+
+    def _round(self, weight: nn.Parameter) -> None:
+        """Let a weight hold operands until the pass ends; sharded, in the memory that it is gathered from."""
+        if not is_sharded([weight]):
+            self._swap(weight, self.precision.operand(weight.data))
+            return
+        part = local(weight)
+        self.rounded.append((part, part.clone()))
+        part.copy_(self.precision.operand(part))
 
     def _round_input(self, module: nn.Module, arguments: tuple, keywords: dict):
         operand = self.precision.operand

@@ -11,6 +11,7 @@ from influence_core.flops import FlopCount
 from influence_core.layers import TrackedLayer
 from influence_core.losses import IGNORED
 from influence_core.passes import GradientPass
+from influence_core.sharding import local
 from influence_core.task import Batch
 
 
@@ -38,7 +39,7 @@ def probe(run: GradientPass, batch: Batch) -> Probe:
     """Run one batch and count what it takes."""
     # Kept alive until they are counted: an address that is freed and taken again would hide one of the two.
     storages: dict[int, torch.UntypedStorage] = {}
-    constants = {parameter.untyped_storage().data_ptr() for parameter in run.model.parameters()}
+    constants = {local(parameter).untyped_storage().data_ptr() for parameter in run.model.parameters()}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

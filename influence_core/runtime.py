@@ -38,6 +38,7 @@ class Runtime:
     world_size: int = 1
     seed: int = 0
     compile: bool = False
+    sharded: bool = False  # parameters lie spread over the processes
 
     @classmethod
     def start(
@@ -47,25 +48,33 @@ class Runtime:
         use_compile: bool = False,
         seed: int = 0,
         use_tf32: bool = False,
+        use_fsdp: bool = False,
     ) -> "Runtime":
         """Choose the device, join the process group (under torchrun) and seed every generator.
 
+        Args:
+            use_ddp, use_fsdp: as one of several processes, each with the whole model, or with a part of each parameter.
         Raises:
-            UserError: --use_ddp outside torchrun; a precision that the device does not have.
+            UserError: either outside torchrun, or both; a precision that the device does not have.
         """
         if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
             # Batches of many lengths leave holes that none of the next ones fits into, unless segments can grow.
             os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
         launch = Launch.here()
-        if use_ddp and launch == Launch() and "RANK" not in os.environ:
+        if use_ddp and use_fsdp:
+            raise UserError("--use_ddp gives each process the whole model, --use_fsdp a part of it: say one of them")
+        if use_fsdp and use_compile:
+            raise UserError("--use_compile is not for --use_fsdp: leave one of them out")
+        flag, several = "--use_fsdp" if use_fsdp else "--use_ddp", use_ddp or use_fsdp
+        if several and launch == Launch() and "RANK" not in os.environ:
             raise UserError(
-                "--use_ddp works under torchrun only: torchrun --standalone --nproc-per-node=N "
-                f"{sys.argv[0]} --use_ddp …, or leave --use_ddp out for one process"
+                f"{flag} works under torchrun only: torchrun --standalone --nproc-per-node=N "
+                f"{sys.argv[0]} {flag} …, or leave {flag} out for one process"
             )
-        if not use_ddp and launch.world_size > 1:
+        if not several and launch.world_size > 1:
             raise UserError(
-                "torchrun started several processes, each of which would do all of the work: add --use_ddp, or run one "
-                "process without torchrun"
+                "torchrun started several processes, each of which would do all of the work: add --use_ddp (or "
+                "--use_fsdp, where a process does not hold the model), or run one process without torchrun"
             )
         device = torch.device(f"cuda:{launch.local_rank}" if torch.cuda.is_available() else "cpu")
         if device.type == "cuda" and launch.local_rank >= torch.cuda.device_count():
@@ -80,14 +89,16 @@ class Runtime:
         precision = Precision.choose(device, use_half_precision, use_tf32)
         if device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = precision.tf32
-        if use_ddp:
+        if several:
             backend = "nccl" if device.type == "cuda" else "gloo"
+            if use_fsdp and device.type == "cuda":
+                backend = "cpu:gloo,cuda:nccl"  # what tells of tensors is Python's, and need not wait for the device
             dist.init_process_group(backend, timeout=LONGEST_WAIT)
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
-        rank, world_size = (launch.rank, launch.world_size) if use_ddp else (0, 1)
-        return cls(device, precision, rank, world_size, seed, use_compile)
+        rank, world_size = (launch.rank, launch.world_size) if several else (0, 1)
+        return cls(device, precision, rank, world_size, seed, use_compile, use_fsdp and world_size > 1)
 
     def stop(self) -> None:
         """Leave the process group."""
@@ -130,6 +141,14 @@ class Runtime:
         if self.world_size > 1 and tensor.numel():
             assert tensor.is_contiguous()
             dist.broadcast(tensor, source)
+
+    def gathered(self, values: dict[str, Item]) -> dict[str, Item]:
+        """What the processes have together, where parameters are sharded and each has a part."""
+        if not self.sharded:
+            return values
+        parts: list[dict[str, Item]] = [{}] * self.world_size
+        dist.all_gather_object(parts, values)
+        return {key: value for part in parts for key, value in part.items()}
 
     def barrier(self) -> None:
         """Wait until every process is here."""

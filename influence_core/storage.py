@@ -29,6 +29,7 @@ from influence_core.files import (
     read_sealed_tensors,
     remove_leftovers,
     write_columns,
+    write_parts,
     write_sealed_json,
     write_sealed_tensors,
     write_tensors,
@@ -182,6 +183,15 @@ class StageStore:
         write_columns(path, name, block, columns, num_columns, runtime)
         if runtime.is_main:
             self._finish({path: file_checksum(path)}, counts)
+        runtime.barrier()
+
+    def save_parts(self, files: Mapping[str, Tensors], counts: Mapping[str, Any], runtime) -> None:
+        """As `save`, of files of which every process has, and writes, some tensors; all leave when it is whole."""
+        paths = [self.directory / f"{stem}.safetensors" for stem in files]
+        for path, tensors in zip(paths, files.values()):
+            write_parts(path, tensors, runtime)
+        if runtime.is_main:
+            self._finish({path: file_checksum(path) for path in paths}, counts)
         runtime.barrier()
 
     def is_own(self) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from influence_core.batches import make_batch, order_examples
 from influence_core.captured import Captured
 from influence_core.errors import UserError
+from influence_core.exchange import exchange, rounds, share_out
 from influence_core.fingerprints import dataset_fingerprint, digest, model_fingerprint
 from influence_core.finite import FiniteWatch
 from influence_core.labels import LabelSampler
@@ -78,6 +79,19 @@ class Study:
     @cached_property
     def layers(self) -> list[TrackedLayer]:
         return find_tracked_layers(self.model, self.task.tracked_layer_names(self.model))
+
+    def own(self, layers: Sequence[TrackedLayer]) -> list[TrackedLayer]:
+        """Of these layers, those whose factors, query gradients and scores lie with this process: all, unless the
+        parameters are sharded."""
+        if not self.runtime.sharded:
+            return list(layers)
+        return share_out(layers, self.runtime.world_size)[self.runtime.rank]
+
+    def partition(self, batch_size: int) -> dict[str, Any]:
+        """What noted progress of this process is a part of."""
+        runtime = self.runtime
+        part = {"rank": runtime.rank, "world_size": runtime.world_size, "order": self.train_order_digest}
+        return part | ({"sharded": True, "batch_size": batch_size} if runtime.sharded else {})
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -158,18 +172,26 @@ class Study:
         batch_size: int,
         what: str,
         make_room: Callable[[], bool] = lambda: False,
+        done: int = 0,
     ) -> Iterator[tuple[list[int], dict[str, Captured]]]:
         """Run the examples in this order, batch by batch: (indices of the batch, what was captured).
 
         A batch whose forward and backward pass finds too little memory is run again if `make_room` could free some;
         else it is halved, and so are all after it. Each loss and what was captured are checked.
 
+        Where parameters are sharded, all processes are given the same order, and run a batch each at the same time;
+        one that has none left runs along. Each is handed the batches of all, but of its own layers only.
+
         Args:
             make_room: frees what the consumer holds, and says whether there was anything.
+            done: how many examples of the order are done already.
         Raises:
-            UserError: a single example does not fit; a loss, an input or a gradient is NaN or infinite.
+            UserError: a single example does not fit (or a batch, where parameters are sharded); a loss, an input or a
+                gradient is NaN or infinite.
         """
-        done = 0
+        if self.runtime.sharded:
+            yield from self._captures_of_all(run, dataset, order, batch_size, what, done)
+            return
         while done < len(order):
             indices = order[done : done + batch_size]
             result = self._run_if_it_fits(run, dataset, indices)
@@ -188,6 +210,36 @@ class Study:
             done += len(indices)
             del result, loss  # so that what was captured is gone when its consumer is done with it
             yield indices, captured
+        self.watch.look()
+
+    def _captures_of_all(
+        self, run: GradientPass, dataset: Sequence[Any], order: list[int], batch_size: int, what: str, done: int
+    ) -> Iterator[tuple[list[int], dict[str, Captured]]]:
+        """As `captures`, by all processes together."""
+        runtime = self.runtime
+        shares = [[layer.name for layer in share] for share in share_out(run.layers, runtime.world_size)]
+        done_by_all = runtime.smallest(done)
+        for batches in rounds(len(order), batch_size, runtime.world_size):
+            if batches[-1].stop <= done_by_all:
+                continue
+            indices = [order[position] for position in batches[runtime.rank]]
+            result = self._run_if_it_fits(run, dataset, indices or order[-1:])
+            if result is None:  # in the midst of what the others do with it
+                raise UserError(
+                    f"out of memory with {len(indices)} examples in a batch of the {what}: give smaller batches "
+                    "(--factor_batch_size, --query_batch_size, --train_batch_size), or more processes"
+                )
+            loss, captured = result
+            if indices:
+                self.watch.note(loss, captured, indices, what)
+            else:
+                captured.clear()
+            del result
+            parts = exchange(captured, shares, runtime.device)
+            for batch, part in zip(batches, parts):
+                if batch and batch.start >= done:
+                    yield [order[position] for position in batch], part
+            del parts
         self.watch.look()
 
     def _run_if_it_fits(

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -89,23 +89,33 @@ def refuse_foreign_factors(study: Study, strategy_name: str) -> None:
 
 def _fit_covariance(study: Study, store: StageStore, batch_size: int, kept: KeptCaptures) -> None:
     with study.profiler("Fit Covariance"):
-        sums = CovarianceSums(study.layers, study.runtime.precision, study.runtime.device)
+        layers = study.own(study.layers)
+        sums = CovarianceSums(layers, study.runtime.precision, study.runtime.device)
         _accumulate(study, store, sums, batch_size, "Fit Covariance", keep=kept)
-        files, num_positions = sums.means(study.layers)
+        files, num_positions = sums.means(layers)
     with study.profiler("Save Covariance"):
-        if study.runtime.is_main:
-            store.save(files, {"num_examples": len(study.train_dataset), "num_positions": num_positions})
+        num_positions = study.runtime.gathered(num_positions)
+        _save(study, store, files, {"num_examples": len(study.train_dataset), "num_positions": num_positions})
+
+
+def _save(study: Study, store: StageStore, files: Mapping[str, Tensors], counts: Mapping[str, Any]) -> None:
+    """What rank 0 has, or what all have together."""
+    if study.runtime.sharded:
+        store.save_parts(files, counts, study.runtime)
+    elif study.runtime.is_main:
+        store.save(files, counts)
 
 
 def _perform_eigendecomposition(study: Study, store: StageStore, covariance_store: StageStore) -> None:
     runtime = study.runtime
     with study.profiler("Load Covariance"):
-        covariances = covariance_store.load()
+        own = study.own(study.layers)
+        covariances = covariance_store.load({layer.name for layer in own})
     with study.profiler("Perform Eigendecomposition"):
         files = {
             f"{kind}_{part}": {} for kind in ("activation", "gradient") for part in ("eigenvalues", "eigenvectors")
         }
-        layers = [layer for layer in study.layers if layer.is_kronecker]
+        layers = [layer for layer in own if layer.is_kronecker]
         sizes = {("activation", layer.name): layer.shape[1] for layer in layers}
         sizes |= {("gradient", layer.name): layer.shape[0] for layer in layers}
         # The largest first, dealt out to the processes in turn, so that all finish at about the same time.
@@ -114,7 +124,9 @@ def _perform_eigendecomposition(study: Study, store: StageStore, covariance_stor
         jobs = [job for job in jobs if job not in same]
         partition = {"rank": runtime.rank, "world_size": runtime.world_size}
         _, done = store.load_progress(partition, runtime.warn) or (0, {})
-        mine = [job for job in jobs[runtime.rank :: runtime.world_size] if _named("eigenvalues", job) not in done]
+        # Of sharded layers, a process has the covariances of its own.
+        dealt = slice(None) if runtime.sharded else slice(runtime.rank, None, runtime.world_size)
+        mine = [job for job in jobs[dealt] if _named("eigenvalues", job) not in done]
 
         def decompose(job: Job, device: torch.device) -> Decomposition:
             try:
@@ -138,15 +150,15 @@ def _perform_eigendecomposition(study: Study, store: StageStore, covariance_stor
                 tensor = done.get(_named(part, job))
                 tensor = torch.empty(shape, dtype=runtime.precision.sum_dtype) if tensor is None else tensor
                 files[f"{job[0]}_{part}"][job[1]] = tensor = tensor.to(runtime.device)
-                runtime.broadcast(tensor, source=number % runtime.world_size)
+                if not runtime.sharded:
+                    runtime.broadcast(tensor, source=number % runtime.world_size)
         for job, other in same.items():
             for part in ("eigenvalues", "eigenvectors"):
                 files[f"{job[0]}_{part}"][job[1]] = files[f"{job[0]}_{part}"][other[1]].clone()
         for kind, tensors in files.items():
             require_finite(tensors, "Perform Eigendecomposition", kind.replace("_", " "))
     with study.profiler("Save Eigendecomposition"):
-        if runtime.is_main:
-            store.save(files, {"num_matrices": len(sizes)})
+        _save(study, store, files, {"num_matrices": sum(2 for layer in study.layers if layer.is_kronecker)})
 
 
 def _same(covariances: Mapping[str, Tensors], jobs: Sequence[Job]) -> dict[Job, Job]:
@@ -181,13 +193,13 @@ def _fit_lambda(
     activation_eigenvectors = gradient_eigenvectors = None
     if eigendecomposition_store is not None:
         with study.profiler("Load Eigendecomposition"):
-            files = eigendecomposition_store.load()
+            files = eigendecomposition_store.load({layer.name for layer in study.own(study.layers)})
         activation_eigenvectors, gradient_eigenvectors = (
             files[f"{kind}_eigenvectors"] for kind in ("activation", "gradient")
         )
     with study.profiler("Fit Lambda"):
         post_process = study.task.post_process_per_sample_gradient if study.task.post_processes else None
-        layers = [layer for layer in study.layers if strategy.of(layer).needs_lambda]
+        layers = [layer for layer in study.own(study.layers) if strategy.of(layer).needs_lambda]
         sums = LambdaSums(
             layers,
             study.runtime.precision,
@@ -199,8 +211,7 @@ def _fit_lambda(
         _accumulate(study, store, sums, batch_size, "Fit Lambda", given=kept)
         files = sums.means(layers, len(study.train_dataset))
     with study.profiler("Save Lambda"):
-        if study.runtime.is_main:
-            store.save(files, {"num_examples": len(study.train_dataset)})
+        _save(study, store, files, {"num_examples": len(study.train_dataset)})
 
 
 def _accumulate(
@@ -212,7 +223,8 @@ def _accumulate(
     keep: KeptCaptures | None = None,
     given: KeptCaptures | None = None,
 ) -> None:
-    """One pass over this process's share of the training set, then the sum over processes.
+    """One pass over this process's share of the training set, then the sum over processes; or over all of it, of this
+    process's own layers.
 
     Progress is noted on the way, as the number of examples done in the order of the pass; a run that was killed goes on
     there. With the same batch size (which the memory may have lowered) it makes the same batches, and so ends with the
@@ -225,8 +237,7 @@ def _accumulate(
     """
     keep, given = keep or KeptCaptures(), given or KeptCaptures()
     runtime, order = study.runtime, study.train_order
-    partition = {"rank": runtime.rank, "world_size": runtime.world_size, "order": study.train_order_digest}
-    done = 0
+    partition, layers, done = study.partition(batch_size), study.own(study.layers), 0
     progress = store.load_progress(partition, runtime.warn)
     if progress is not None:
         done, tensors = progress
@@ -242,18 +253,20 @@ def _accumulate(
         runtime.progress(len(order), description, initial=done) as bar,
         study.gradient_pass(study.fisher_loss) as run,
     ):
-        rest = order[done + given.num_examples :]
-        captures = study.captures(run, study.train_dataset, rest, batch_size, "training loss", make_room=keep.clear)
+        captures = study.captures(
+            run, study.train_dataset, order, batch_size, "training loss", keep.clear, done + given.num_examples
+        )
         for indices, captured in itertools.chain(given.take(), captures):
             keep.offer(indices, captured)
-            for layer in study.layers:
+            for layer in layers:
                 sums.update(layer, captured.pop(layer.name))
             done += len(indices)
             bar.update(len(indices))
             if clock.is_due():
                 study.watch.look()
                 clock.keep(partial(store.save_progress, partition, done, sums.tensors))
-    runtime.all_reduce(sums.tensors.values())
+    if not runtime.sharded:
+        runtime.all_reduce(sums.tensors.values())
     overflown = not_finite(sums.tensors)
     if overflown:
         _refuse_overflow(study, sums, batch_size, description, overflown[0])
@@ -263,6 +276,8 @@ def _refuse_overflow(study: Study, sums: Sums, batch_size: int, description: str
     """Raise UserError for a sum that is not finite although all that entered it was, with the batch that did it."""
     kind, layer_name = name.split(".", 1)
     where = "in the sum over examples"
+    if study.runtime.sharded:  # the passes of one process alone would wait for the others
+        raise _overflow(kind, layer_name, description, where)
     with study.gradient_pass(study.fisher_loss) as run:
         for indices, captured in study.captures(run, study.train_dataset, study.train_order, batch_size, "loss"):
             for tensor in sums.tensors.values():
@@ -272,8 +287,12 @@ def _refuse_overflow(study: Study, sums: Sums, batch_size: int, description: str
             if name in not_finite(sums.tensors):
                 where = f"in the batch of examples {listed(indices)}"
                 break
+    raise _overflow(kind, layer_name, description, where)
+
+
+def _overflow(kind: str, layer_name: str, description: str, where: str) -> UserError:
     kind = "gradient" if kind == "lambda" else kind
-    raise UserError(
+    return UserError(
         f"{description}: squares of the {kind}s of layer {layer_name} are beyond the range of the number format "
         f"{where}, so nothing is stored: look at these examples and at the checkpoint (a diverged training run?)"
     )

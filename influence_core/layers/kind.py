@@ -28,6 +28,17 @@ class SiteProducts:
     spans: Spans = ()  # how the positions lie; empty: one call
 
 
+
+def forward_with(module: nn.Module, parameters: Mapping[str, Tensor], *arguments: Any, **keywords: Any) -> Any:
+    """What the module computes with other numbers in the place of its own parameters; without its hooks."""
+    held = dict(module._parameters)
+    try:
+        module._parameters.update({name: nn.Parameter(x, requires_grad=False) for name, x in parameters.items()})
+        return module.forward(*arguments, **keywords)
+    finally:
+        module._parameters.update(held)
+
+
 Parts = tuple[Tensor, ...]  # gradients flattened, [examples, numbers]: of the weight; of the bias, where there is one
 
 

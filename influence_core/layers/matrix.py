@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from influence_core.captured import Positions, lay_out
 from influence_core.errors import UserError
 from influence_core.layers.kind import SiteProducts, TrackedLayer
+from influence_core.sharding import own_class
 
 
 @dataclass(frozen=True)
@@ -28,21 +29,21 @@ class MatrixLayer(TrackedLayer):
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
         """Of this kind; not where the weight is made of other parameters at each call (weight_norm)."""
-        return type(module) in (nn.Linear, Conv1D) and isinstance(module._parameters.get("weight"), nn.Parameter)
+        return own_class(module) in (nn.Linear, Conv1D) and isinstance(module._parameters.get("weight"), nn.Parameter)
 
     @classmethod
     def of(cls, name: str, module: nn.Module) -> "MatrixLayer":
         """The layer of that name; UserError where it is of another kind."""
-        if type(module) in (nn.Linear, Conv1D) and not cls.fits(module):
+        if own_class(module) in (nn.Linear, Conv1D) and not cls.fits(module):
             raise UserError(
                 f"layer {name} makes its weight of other parameters (as weight_norm does): it can't be tracked"
             )
-        if type(module) is nn.Linear:
+        if own_class(module) is nn.Linear:
             return cls(name, module.in_features, module.out_features, module.bias is not None, module)
-        if type(module) is Conv1D:
+        if own_class(module) is Conv1D:
             return cls(name, *module.weight.shape, has_bias=True, module=module)
         raise UserError(
-            f"layer {name} is a {type(module).__name__}; only nn.Linear, GPT-2's Conv1D, embeddings and "
+            f"layer {name} is a {own_class(module).__name__}; only nn.Linear, GPT-2's Conv1D, embeddings and "
             "norms can be tracked"
         )
 
@@ -71,7 +72,7 @@ class MatrixLayer(TrackedLayer):
         if parameter is not self.module.weight:
             return output_gradients.sum(0)
         gradient = output_gradients.t() @ captured.activations.flatten(0, 1)
-        return gradient.t() if type(self.module) is Conv1D else gradient
+        return gradient.t() if own_class(self.module) is Conv1D else gradient
 
     def products_by_position(self, captured: Positions, directions):
         return [products_with_matrices(self.name, captured, directions)]

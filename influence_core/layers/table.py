@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from influence_core.captured import Calls, Captured, Layout, Positions, Spans, end_to_end, lay_out
 from influence_core.errors import UserError
-from influence_core.layers.kind import SiteProducts, TrackedLayer
+from influence_core.layers.kind import SiteProducts, TrackedLayer, forward_with
 from influence_core.layers.matrix import products_with_matrices
 from influence_core.losses import Head, HeadLoss, add_head_gradient, head_products
 from influence_core.precision import active_precision
+from influence_core.sharding import own_class, whole
 
 
 @dataclass
@@ -104,8 +105,10 @@ class TableLayer(TrackedLayer):
                 raise UserError(f"layer {site} changes its rows or their gradients where it looks them up: it can't be "
                                 "tracked")  # fmt: skip
         for site, module in heads.items():
-            if type(module) is not nn.Linear:
-                raise UserError(f"layer {site} is a {type(module).__name__}: only an nn.Linear can be a table's head")
+            if own_class(module) is not nn.Linear:
+                raise UserError(
+                    f"layer {site} is a {own_class(module).__name__}: only an nn.Linear can be a table's head"
+                )
         biases = [module.bias for module in heads.values() if module.bias is not None]
         if len(heads) > 1:
             raise UserError(f"layers {' and '.join(heads)} share their weight (tied weights): it can't be tracked")
@@ -136,7 +139,7 @@ class TableLayer(TrackedLayer):
     def read(self, site, arguments, keywords):
         """The numbers of rows; of an embedding that makes them or scales what it looks up [..., 2], with the scale."""
         module = self.embeddings.get(site)
-        if module is None or type(module) is nn.Embedding:
+        if module is None or own_class(module) is nn.Embedding:
             return super().read(site, arguments, keywords)
         return _asked(module, arguments, keywords)
 
@@ -176,7 +179,8 @@ class TableLayer(TrackedLayer):
         n = len(captured)
         out = self.empty_parts(captured.tensors[0], n) if out is None else out
         sum_dtype = torch.promote_types(out[0].dtype, torch.float32)
-        heads = [Head(self.parameters[0].detach(), loss.precision) for loss in captured.losses]  # of each loss
+        weight = whole(self.parameters[0]).detach() if captured.losses else None
+        heads = [Head(weight, loss.precision) for loss in captured.losses]  # of each loss
         for row in range(n):  # one at a time, as the logits of a batch are never held
             of_example = [part[row] for part in out]
             sums = [part.zero_() if part.dtype == sum_dtype else torch.zeros_like(part, dtype=sum_dtype)
@@ -229,17 +233,17 @@ class TableLayer(TrackedLayer):
 @torch.no_grad()
 def _asked(module: nn.Embedding, arguments: tuple, keywords: Mapping[str, Any]) -> Tensor:
     """[..., 2]: which rows are looked up, and what they are multiplied by: what becomes of other rows tells."""
-    held, (num_rows, width) = module.weight.data, module.weight.shape
-    ones = torch.ones(1, 1, dtype=torch.float64, device=held.device)
-    rows = torch.arange(num_rows, dtype=torch.float64, device=held.device).unsqueeze(1)
-    try:
-        module.weight.data = ones.expand(num_rows, width)
-        scale = module.forward(*arguments, **keywords)[..., 0].double()
-        module.weight.data = rows.expand(num_rows, width)
-        numbers = module.forward(*arguments, **keywords)[..., 0].double() / scale
-        return torch.stack([numbers.masked_fill(scale == 0, 0), scale], -1)
-    finally:
-        module.weight.data = held
+    num_rows, width = module.weight.shape
+    ones = torch.ones(1, 1, dtype=torch.float64, device=module.weight.device)
+    rows = torch.arange(num_rows, dtype=torch.float64, device=module.weight.device).unsqueeze(1)
+
+    def looked_up(column: Tensor) -> Tensor:
+        weight = {"weight": column.expand(num_rows, width)}
+        return forward_with(module, weight, *arguments, **keywords)[..., 0].double()
+
+    scale = looked_up(ones)
+    numbers = looked_up(rows) / scale
+    return torch.stack([numbers.masked_fill(scale == 0, 0), scale], -1)
 
 
 def _laid_out(name: str, loss: HeadLoss, layout: Layout) -> HeadLoss:

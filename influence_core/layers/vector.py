@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from influence_core.captured import Calls, Positions, lay_out
 from influence_core.errors import UserError
-from influence_core.layers.kind import SiteProducts, TrackedLayer
+from influence_core.layers.kind import SiteProducts, TrackedLayer, forward_with
+from influence_core.sharding import own_class
 
 
 @dataclass(frozen=True)
@@ -50,23 +51,17 @@ class VectorLayer(TrackedLayer):
         with layout.as_in_pass():
             multiplied = [self._multiplied(x) for x in of_module.inputs]
         if any(x.shape[-1] != self.out_features for x in multiplied):
-            raise UserError(f"layer {self.name} is a {type(self.module).__name__}, whose weight is not of its last "
-                            "axis: it can't be tracked")  # fmt: skip
+            kind = own_class(self.module).__name__
+            raise UserError(f"layer {self.name} is a {kind}, whose weight is not of its last axis: it can't be tracked")
         return lay_out(self.name, Calls(multiplied, of_module.output_gradients).to(layout.operand), None, layout)
 
     @torch.no_grad()
     def _multiplied(self, x: Tensor) -> Tensor:
         """s(x): the output for a weight of ones less that for none."""
-        held = [parameter.data for parameter in self.parameters]
-        try:
-            for parameter in self.parameters:
-                parameter.data = torch.zeros_like(parameter.data)
-            without = self.module.forward(x)
-            self.module.weight.data = torch.ones_like(held[0])
-            return self.module.forward(x) - without
-        finally:
-            for parameter, data in zip(self.parameters, held):
-                parameter.data = data
+        zeros = torch.zeros(self.out_features, dtype=self.module.weight.dtype, device=x.device)
+        bias = {"bias": zeros} if self.has_bias else {}
+        without = forward_with(self.module, {"weight": zeros, **bias}, x)
+        return forward_with(self.module, {"weight": zeros + 1, **bias}, x) - without
 
     def gradient_parts(self, captured: Positions, out=None):
         out = self.empty_parts(captured.activations, len(captured)) if out is None else out

@@ -27,7 +27,7 @@ def overflow(
         scores: [strategies, queries of the tile, columns], some of them not finite.
         columns: the training examples that these are.
     """
-    for layer in group:
+    for layer in study.own(group):
         for part in resident[layer.name]:
             rows = (~part.isfinite().all(1)).nonzero()
             if len(rows):
@@ -38,6 +38,8 @@ def overflow(
                 )
     query, column = (int(index) for index in (~scores.isfinite()).any(0).nonzero()[0])
     pair = f"{_whose(study, tile[query])} with training example {columns[column]}"
+    if study.runtime.sharded:  # the passes of one process alone would wait for the others
+        return UserError(f"the score of {pair} is beyond the range of the number format; {REMEDY}")
     with study.gradient_pass(study.task.train_loss, group) as run:
         ((_, captured),) = study.captures(run, study.train_dataset, [columns[column]], 1, "training loss")
     where = ", summed over layers,"

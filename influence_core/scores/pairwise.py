@@ -84,11 +84,14 @@ class _PairwiseJob:
         self.query_dataset, self.plan, self.damping = query_dataset, plan, damping
         self.query_batch_size, self.train_batch_size = query_batch_size, train_batch_size
         self.gradients = PerSampleGradients(study)
-        self.columns = share(len(study.train_dataset), study.runtime)  # this process's training examples
+        num_train = len(study.train_dataset)
+        self.columns = share(num_train, study.runtime)  # this process's training examples
+        # Of sharded parameters it has scores of all examples, of its own layers, until all are summed.
+        self.scored = range(num_train) if study.runtime.sharded else self.columns
         self.scores = torch.zeros(
             len(strategy_names),
             1 if study.sum_queries else len(query_dataset),
-            len(self.columns),
+            len(self.scored),
             dtype=study.runtime.precision.sum_dtype,
             device=study.runtime.device,
         )
@@ -100,9 +103,7 @@ class _PairwiseJob:
         """
         runtime, plan = self.runtime, self.plan
         partition = {
-            "rank": runtime.rank,
-            "world_size": runtime.world_size,
-            "order": self.study.train_order_digest,
+            **self.study.partition(self.train_batch_size),
             "strategies": self.strategy_names,
             "made_by": made_by,
             "layers": [len(group) for group in plan.layer_groups],
@@ -124,7 +125,7 @@ class _PairwiseJob:
                 continue
             label = f" (pass {number + 1} of {len(passes)})" if len(passes) > 1 else ""
             preconditioners = load_preconditioners(
-                self.study, self.factor_stores, self.strategy_names, group, self.damping
+                self.study, self.factor_stores, self.strategy_names, self.study.own(group), self.damping
             )
             with self.study.profiler("Compute Pairwise Score"):
                 resident = self._preconditioned_queries(group, tile, preconditioners, label)
@@ -140,9 +141,12 @@ class _PairwiseJob:
                         clock.keep(partial(progress_store.save_progress, partition, first + num_done, progress))
                 training_pass.close()
                 if not scores.isfinite().all():
-                    raise overflow(self.study, self.gradients, group, tile, resident, scores, self.columns)
+                    raise overflow(self.study, self.gradients, group, tile, resident, scores, self.scored)
                 del resident  # before the next pass fills the memory with its own
                 self.gradients.buffer = None
+        if runtime.sharded:
+            runtime.all_reduce([self.scores])
+            self.scores = self.scores[..., self.columns.start : self.columns.stop]
         for name, scores in zip(self.strategy_names, self.scores):
             if runtime.smallest(int(not scores.any())):
                 runtime.print(
@@ -154,12 +158,12 @@ class _PairwiseJob:
         self, group: list[TrackedLayer], tile: range, preconditioners: dict[str, Preconditioner], label: str
     ) -> dict[str, Parts]:
         """{layer: parts of [strategies * queries of the tile] gradients}, as operands of products."""
-        study, runtime = self.study, self.runtime
+        study, runtime, own = self.study, self.runtime, self.study.own(group)
         if study.sum_queries:
             queries = self.query_dataset, self.query_batch_size
             return preconditioned_sum(study, *queries, group, preconditioners, self.gradients, label)
         like = torch.empty(0, dtype=runtime.precision.operand_dtype, device=runtime.device)
-        resident = {layer.name: layer.empty_parts(like, len(self.strategy_names), len(tile)) for layer in group}
+        resident = {layer.name: layer.empty_parts(like, len(self.strategy_names), len(tile)) for layer in own}
         lengths = study.lengths([self.query_dataset[index] for index in tile])
         order = [tile[index] for index in order_examples(lengths, runtime)]
         with (
@@ -169,11 +173,12 @@ class _PairwiseJob:
             captures = study.captures(run, self.query_dataset, order, self.query_batch_size, "measurement")
             for indices, captured in captures:
                 positions = runtime.send(torch.tensor(indices) - tile.start)
-                for layer in group:
+                for layer in own:
                     of_layer = preconditioners[layer.name], captured.pop(layer.name)
                     self._store_preconditioned(layer, *of_layer, positions, resident[layer.name])
                 bar.update(len(indices))
-        for part in itertools.chain(*resident.values()):  # each process filled the rows of its own queries
+        parts = () if runtime.sharded else itertools.chain(*resident.values())
+        for part in parts:  # each process filled the rows of its own queries
             for rank, rows in enumerate(shares(len(tile), runtime)):
                 for of_strategy in part:
                     runtime.broadcast(of_strategy[rows.start : rows.stop], source=rank)
@@ -201,7 +206,7 @@ class _PairwiseJob:
                 return bool(indices)
 
             for indices, captured in study.captures(
-                run, study.train_dataset, order[done:], self.train_batch_size, "training loss", make_room=score_held
+                run, study.train_dataset, order, self.train_batch_size, "training loss", score_held, done
             ):
                 held.append((indices, captured))
                 done += len(indices)
@@ -223,11 +228,11 @@ class _PairwiseJob:
         runtime = self.runtime
         # Scores of these examples alone, of all strategies' queries: each layer adds to them in place.
         block = self.scores.new_zeros(len(self.strategy_names) * len(tile), len(indices))
-        for layer in group:
+        for layer in self.study.own(group):
             for rows, gradients in self.gradients.parts(layer, [captured.pop(layer.name) for captured in batches]):
                 for of_queries, of_examples in zip(resident[layer.name], gradients):
                     runtime.precision.add_matmul(block[:, rows], of_queries, of_examples.t())
-        columns = runtime.send(torch.tensor(indices) - self.columns.start)
+        columns = runtime.send(torch.tensor(indices) - self.scored.start)
         self.scores[:, tile.start : tile.stop].index_add_(
             2, columns, block.view(len(self.strategy_names), len(tile), len(indices))
         )

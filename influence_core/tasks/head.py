@@ -16,6 +16,7 @@ from influence_core.compiled import uncompiled
 from influence_core.errors import UserError
 from influence_core.layers.finding import output_head
 from influence_core.losses import cross_entropy, linear_cross_entropies, linear_cross_entropy
+from influence_core.sharding import own_class, whole
 
 AMPLIFIED = (1.0, 1e3)  # hidden states times these: a soft cap shows where logits are large
 PROVEN_ON = 16  # positions
@@ -52,10 +53,9 @@ def head_is_matrix(model: nn.Module, inputs: dict[str, Tensor]) -> bool:
         inputs: of the model, of one small batch.
     """
     head = output_head(model)
-    if type(head) is not nn.Linear or head.bias is not None or head.weight.is_meta:
+    if own_class(head) is not nn.Linear or head.bias is not None or head.weight.is_meta:
         return False
     requires_grad = head.weight.requires_grad
-    others = {id(parameter) for parameter in model.parameters() if parameter is not head.weight}
     head.weight.requires_grad_(True)
     try:
         for factor in AMPLIFIED:
@@ -64,27 +64,28 @@ def head_is_matrix(model: nn.Module, inputs: dict[str, Tensor]) -> bool:
             if len(seen) != 1 or seen[0].shape[:-1] != logits.shape[:-1]:
                 return False
             with torch.no_grad():
-                product = seen[0] @ head.weight.t()
+                product = seen[0] @ whole(head.weight).t()
                 tolerance = max(1e-5, 4 * torch.finfo(product.dtype).eps)
                 if not (logits - product).norm() <= tolerance * product.norm():
                     return False
-            if _leaves(logits) & others:
+            leaves = _leaves(logits)  # the weight, or what was gathered of it
+            if len(leaves) > 1 or any(leaf.shape != head.weight.shape for leaf in leaves):
                 return False
     finally:
         head.weight.requires_grad_(requires_grad)
     return True
 
 
-def _leaves(tensor: Tensor) -> set[int]:
-    """The ids of the parameters that a tensor depends on."""
-    todo, known, leaves = [tensor.grad_fn], set(), set()
+def _leaves(tensor: Tensor) -> list[Tensor]:
+    """The parameters that a tensor depends on."""
+    todo, known, leaves = [tensor.grad_fn], set(), []
     while todo:
         node = todo.pop()
         if node is None or node in known:
             continue
         known.add(node)
         if hasattr(node, "variable"):
-            leaves.add(id(node.variable))
+            leaves.append(node.variable)
         todo += [following for following, _ in node.next_functions]
     return leaves
 

@@ -1,0 +1,131 @@
+"""Parameters sharded over processes, by torch's `fully_shard`: no process holds a whole model.
+
+Each repeated block is a unit, whose parameters are gathered for its forward pass and again for its backward pass, and
+freed after. So is every module outside the blocks that has parameters of its own: embeddings, head, the last norm;
+those that share a parameter (a tied table) are one unit. All lies sharded whenever no unit is at work.
+
+Outside of its unit's passes a parameter is a DTensor of the model's full shape; `whole` gathers it.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from influence_core.errors import UserError
+
+_HELD: ContextVar[dict[int, Tensor] | None] = ContextVar("held_whole", default=None)
+
+
+def shard_model(model: nn.Module, device: torch.device) -> None:
+    """Leave each process of the group its part of every parameter; parameters on the meta device stay there.
+
+    Raises:
+        UserError: the model has no repeated blocks.
+    """
+    mesh = _mesh(device)
+    for unit in sharded_units(model):
+        fully_shard(unit if len(unit) > 1 else unit[0], mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh)  # of no parameters: from where the passes begin
+
+
+def _mesh(device: torch.device) -> DeviceMesh:
+    return init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+
+
+def sharded_units(model: nn.Module) -> list[list[nn.Module]]:
+    """The modules of each unit: blocks, and what has parameters of its own outside of them."""
+    blocks = repeated_blocks(model)
+    within = {id(parameter) for block in blocks for parameter in block.parameters()}
+    others: dict[int, nn.Module] = {}
+    for module in model.modules():
+        if any(id(parameter) not in within for parameter in module.parameters(recurse=False)):
+            others[id(module)] = module
+    units: list[list[nn.Module]] = [[block] for block in blocks]
+    owners: dict[int, list[nn.Module]] = {}  # {id of a parameter: the unit that has it}
+    for module in reversed(others.values()):  # what is inside another module comes first
+        ids = [id(parameter) for parameter in module.parameters(recurse=False)]
+        known = next((owners[each] for each in ids if each in owners), None)
+        if known is None:
+            units.append(known := [])
+        known.append(module)
+        owners |= dict.fromkeys(ids, known)
+    return units
+
+
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """The members of the outermost ModuleLists, in their order.
+
+    Raises:
+        UserError: there are none.
+    """
+    blocks: list[nn.Module] = []
+    seen: set[int] = set()
+    for module in model.modules():
+        if id(module) in seen:
+            continue
+        if isinstance(module, nn.ModuleList):
+            seen |= {id(each) for each in module.modules()}
+            blocks += [member for member in module if any(True for _ in member.parameters())]
+    if not blocks:
+        raise UserError(
+            f"--use_fsdp: this {type(model).__name__} has no repeated blocks (an nn.ModuleList of them) to gather one "
+            "by one: leave --use_fsdp out"
+        )
+    return blocks
+
+
+def own_class(module: nn.Module) -> type:
+    """The module's class, without what torch puts before that of a unit."""
+    return next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or gathered where it is sharded: then every process has to call this."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    held = (_HELD.get() or {}).get(id(tensor))
+    return tensor.full_tensor() if held is None else held
+
+
+@contextmanager
+def held_whole(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, `whole` has these at hand, and no other process is asked."""
+    held = {id(tensor): whole(tensor.detach()) for tensor in tensors if isinstance(tensor, DTensor)}
+    token = _HELD.set({**(_HELD.get() or {}), **held})
+    try:
+        yield
+    finally:
+        _HELD.reset(token)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The numbers of a parameter that this process has: all, or its part of them, by the same memory."""
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def is_sharded(tensors: Iterable[Tensor]) -> bool:
+    return any(isinstance(tensor, DTensor) for tensor in tensors)
+
+
+def largest_unit_bytes(model: nn.Module) -> int:
+    """Of the unit with the most parameters, gathered."""
+    sizes = [sum({id(x): x.numel() * x.itemsize for m in unit for x in m.parameters()}.values())
+             for unit in sharded_units(model)]  # fmt: skip
+    return max(sizes)
+
+
+def describe_units(model: nn.Module) -> str:
+    """The blocks that are gathered one by one, as a person reads it."""
+    counts: dict[str, int] = {}
+    blocks = repeated_blocks(model)
+    for block in blocks:
+        name = own_class(block).__name__
+        counts[name] = counts.get(name, 0) + 1
+    others = len(sharded_units(model)) - len(blocks)
+    return ", ".join(f"{count} {name}" for name, count in counts.items()) + f" and {others} others"
