@@ -7,6 +7,7 @@ those that share a parameter (a tied table) are one unit. All lies sharded whene
 Outside of its unit's passes a parameter is a DTensor of the model's full shape; `whole` gathers it.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -32,6 +33,8 @@ def shard_model(model: nn.Module, device: torch.device) -> None:
     for unit in sharded_units(model):
         fully_shard(unit if len(unit) > 1 else unit[0], mesh=mesh, reshard_after_forward=True)
     fully_shard(model, mesh=mesh)  # of no parameters: from where the passes begin
+    # So it has none to gather again, whatever is made of its output.
+    warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \({type(model).__name__}\) returned a view")
 
 
 def _mesh(device: torch.device) -> DeviceMesh:

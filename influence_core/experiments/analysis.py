@@ -26,6 +26,7 @@ from influence_core.runtime import Runtime
 from influence_core.scores.parts import SHOWN_EACH, shown_pairs
 from influence_core.scores.stored import pairwise_score_store
 from influence_core.scores.tokens import tells_tokens, token_counts
+from influence_core.sharding import is_sharded, shard_model
 from influence_core.study import Study
 from influence_core.tasks.adapters import is_adapter
 from influence_core.tasks.example import ExampleTask, is_main_process
@@ -51,6 +52,7 @@ def _analyze(task_class: type[ExampleTask], arguments) -> None:
             arguments.use_compile,
             arguments.seed,
             bool(arguments.use_tf32),
+            bool(arguments.use_fsdp),
         )
         if runtime.compile and (note := where_it_does_not_pay(runtime.device)):
             runtime.print(note)
@@ -71,7 +73,15 @@ def _run(task_class: type[ExampleTask], arguments, runtime: Runtime, made_by: st
     task.tracked_layers, task.tracked_kinds = arguments.tracked_layers, arguments.track
     task.checkpoint_dir = arguments.checkpoint_dir  # whose tokenizer makes the user's texts into examples
     own_queries = load_own_queries(task, arguments)
-    model = task.load_model(arguments.checkpoint_dir)
+    task.shard_on = runtime.device if runtime.sharded else None
+
+    def load_model(directory: str | Path) -> nn.Module:
+        model = task.load_model(directory)
+        if runtime.sharded and not is_sharded(model.parameters()):  # by a task that loads it in its own way
+            shard_model(model, runtime.device)
+        return model
+
+    model = load_model(arguments.checkpoint_dir)
     unused = [flag for flag in task.flags_of_a_start if flag in arguments.given]
     if unused and not is_adapter(arguments.checkpoint_dir):
         flags = ", ".join(f"--{flag}" for flag in unused)
@@ -101,7 +111,7 @@ def _run(task_class: type[ExampleTask], arguments, runtime: Runtime, made_by: st
         )
 
     def study_of_step(name: str) -> Study:
-        return study_of(task.load_model(several[name]).to(runtime.device), name)
+        return study_of(load_model(several[name]).to(runtime.device), name)
 
     study = study_of(model.to(runtime.device) if is_last else model)
     for note in coverage_notes(task, model, study.layers, was_asked="tracked_layers" in arguments.given):

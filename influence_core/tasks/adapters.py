@@ -16,10 +16,12 @@ from torch import nn
 
 from influence_core.errors import UserError, first_line
 from influence_core.fingerprints import digest, tensor_bytes
+from influence_core.sharding import whole
 from influence_core.tasks.loading import load_from
 from influence_core.tasks.models import MODEL_FLAG, Adapt, start_model
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftConfig, PeftModel
 
 CONFIG, BASE = "adapter_config.json", "base_model.json"  # peft's, and ours beside it: which base it is
@@ -79,13 +81,20 @@ def add_adapter(model: nn.Module, lora: Lora, new_weights: Sequence[str]) -> nn.
 
 
 def adapted_model(
-    auto_model: type, directory: str, model_source: str | None, lora: Lora | None, adapt: Adapt, is_fresh: bool
+    auto_model: type,
+    directory: str,
+    model_source: str | None,
+    lora: Lora | None,
+    adapt: Adapt,
+    is_fresh: bool,
+    shard_on: "torch.device | None" = None,
 ) -> nn.Module:
     """The base model of a stored adapter, with that adapter; or with a new one of the same making, to be trained.
 
     Args:
         model_source: another place of the base model, where it is no longer at its own.
         lora: what flags say of the adapter.
+        shard_on: where this process gets its part of each parameter of the base model; the adapter is whole.
     Raises:
         UserError: it is of another kind than LoRA, is not whole, or not what the flags say; its base model can't be
             had, or is another now.
@@ -105,7 +114,12 @@ def adapted_model(
         raise UserError(
             f"the base model of the adapter in {directory} is not in {base}: name where it is with {MODEL_FLAG}"
         )
-    model, new_weights = start_model(auto_model, base, what, adapt, is_quiet=True, revision=revision)
+    if shard_on is not None and config.modules_to_save:
+        raise UserError(
+            f"the adapter in {directory} has modules that were trained in full ({', '.join(config.modules_to_save)}), "
+            "which --use_fsdp can't take: leave --use_fsdp out"
+        )
+    model, new_weights = start_model(auto_model, base, what, adapt, True, revision, shard_on)
     untrained = [name for name in _modules_of(new_weights) if not _is_within(name, config.modules_to_save or ())]
     if untrained:
         raise UserError(f"neither the base model {base} nor the adapter in {directory} has weights for "
@@ -164,7 +178,7 @@ def _digest(base: nn.Module, new_weights: Sequence[str]) -> str:
         chunk
         for name, tensor in base.state_dict().items()
         if name not in new_weights
-        for chunk in (name.encode(), tensor_bytes(tensor))
+        for chunk in (name.encode(), tensor_bytes(whole(tensor)))
     )
 
 

@@ -14,6 +14,7 @@ from influence_core.errors import UserError
 from influence_core.memory import free_system_memory
 from influence_core.tasks.example import is_main_process
 from influence_core.tasks.loading import load_from, pattern_of
+from influence_core.tasks.sharded import load_sharded_weights
 from influence_core.tasks.weights import Differences, load_weights, require_a_start, require_whole
 from influence_core.units import gigabytes
 
@@ -33,18 +34,24 @@ def has_weights(source: str | None) -> bool:
     return any(itertools.chain(directory.glob("*.safetensors*"), directory.glob("pytorch_model*")))
 
 
-def checkpoint_model(auto_model: type, source: str, adapt: Adapt) -> nn.Module:
-    """A checkpoint, which has to be whole."""
-    model, differences = _load(auto_model, source, "--checkpoint_dir", adapt, is_start=False)
+def checkpoint_model(auto_model: type, source: str, adapt: Adapt, shard_on: torch.device | None = None) -> nn.Module:
+    """A checkpoint, which has to be whole; `shard_on`: where this process gets its part of each parameter."""
+    model, differences = _load(auto_model, source, "--checkpoint_dir", adapt, is_start=False, shard_on=shard_on)
     require_whole(model, differences, f"--checkpoint_dir {source}")
     return model
 
 
 def start_model(
-    auto_model: type, source: str, flag: str, adapt: Adapt, is_quiet: bool = False, revision: str | None = None
+    auto_model: type,
+    source: str,
+    flag: str,
+    adapt: Adapt,
+    is_quiet: bool = False,
+    revision: str | None = None,
+    shard_on: torch.device | None = None,
 ) -> tuple[nn.Module, list[str]]:
     """(weights to start training from, names of those that are new: the head's may be), which is said."""
-    model, differences = _load(auto_model, source, flag, adapt, is_start=True, revision=revision)
+    model, differences = _load(auto_model, source, flag, adapt, is_start=True, revision=revision, shard_on=shard_on)
     note = require_a_start(model, differences, f"{flag} {source}")
     if note and not is_quiet and is_main_process():
         print(note)
@@ -52,12 +59,19 @@ def start_model(
 
 
 def _load(
-    auto_model: type, source: str, flag: str, adapt: Adapt, is_start: bool, revision: str | None = None
+    auto_model: type,
+    source: str,
+    flag: str,
+    adapt: Adapt,
+    is_start: bool,
+    revision: str | None = None,
+    shard_on: torch.device | None = None,
 ) -> tuple[nn.Module, Differences]:
     def load():
         config = AutoConfig.from_pretrained(source, revision=revision or DEFAULT_REVISION)
         _adapt(config, adapt, is_start)
-        return load_weights(auto_model, source, config, revision or DEFAULT_REVISION)
+        what = auto_model, source, config, revision or DEFAULT_REVISION
+        return load_weights(*what) if shard_on is None else load_sharded_weights(*what, shard_on)
 
     return load_from(source, flag, load)
 

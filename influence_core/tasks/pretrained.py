@@ -171,7 +171,13 @@ class PretrainedTask(ExampleTask):
         if is_adapter(self.checkpoint_dir):
             is_fresh = checkpoint_dir is None
             model = adapted_model(
-                self.auto_model, self.checkpoint_dir, self.model_source, self.lora, self.adapt_config, is_fresh
+                self.auto_model,
+                self.checkpoint_dir,
+                self.model_source,
+                self.lora,
+                self.adapt_config,
+                is_fresh,
+                self.shard_on,
             )
         elif self.lora and self.checkpoint_dir:
             raise UserError(f"--lora_rank: {self.checkpoint_dir} holds a whole model and no adapter")
@@ -190,7 +196,7 @@ class PretrainedTask(ExampleTask):
             if self.lora:
                 model = add_adapter(model, self.lora, new_weights)
         else:
-            model = checkpoint_model(self.auto_model, checkpoint_dir, self.adapt_config)
+            model = checkpoint_model(self.auto_model, checkpoint_dir, self.adapt_config, self.shard_on)
         num_words, num_embeddings = len(self.tokenizer), len(model.get_input_embeddings().weight)
         if num_words > num_embeddings:
             remedy = "name the model's own with --tokenizer_name_or_path, or let --config_overrides set no vocab_size"

@@ -1,0 +1,75 @@
+"""A model of stored weights, of which each process reads its own part: none ever holds the whole.
+
+The model is made on the meta device, sharded there, and given its part of each tensor of the .safetensors files, by
+torch's reader of such files. Buffers, which are small, are whole everywhere.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as checkpoint
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from influence_core.errors import UserError
+from influence_core.sharding import shard_model
+from influence_core.tasks.weights import NO_WEIGHT, Differences
+
+
+def load_sharded_weights(
+    auto_model: type, source: str, config: PretrainedConfig, revision: str, device: torch.device
+) -> tuple[nn.Module, Differences]:
+    """As `load_weights`, this process's part of it, on the device; what is not stored is zero.
+
+    Raises:
+        UserError: there are no such files, or the model has no repeated blocks.
+    """
+    directory = source
+    if not Path(source).is_dir():
+        directory = snapshot_download(source, revision=revision, allow_patterns=["*.safetensors"])
+    if not any(Path(directory).glob("*.safetensors")):
+        raise UserError(f"--use_fsdp reads .safetensors files, and there are none in {source}: save the model as such")
+    with init_empty_weights(include_buffers=False):
+        model = auto_model.from_config(config, dtype=torch.float32)
+    model.tie_weights()
+    shard_model(model.eval(), device)
+    buffers = {name: buffer.to(device) for name, buffer in model.named_buffers()}
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+    reader = checkpoint.HuggingFaceStorageReader(directory)
+    stored = {key: list(each.size) for key, each in reader.read_metadata().state_dict_metadata.items()}
+    wanted, differences = _matched(model, stored)
+    checkpoint.load(wanted, storage_reader=reader)
+    return model, differences
+
+
+def _matched(model: nn.Module, stored: dict[str, list[int]]) -> tuple[dict[str, Tensor], Differences]:
+    """({stored name: the tensor that it is for}, what does not match).
+
+    Args:
+        stored: {name: shape}, by the model's names, or those of its body or of a model around it.
+    """
+    tensors, body = model.state_dict(), f"{model.base_model_prefix}."
+    ids: dict[str, int] = {name: id(x) for name, x in model.named_parameters(remove_duplicate=False)}
+    wanted, unexpected, mismatched, found = {}, [], {}, set()
+    for key, shape in stored.items():
+        names = (key, body + key, key.removeprefix(body))
+        name = next((name for name in names if name in tensors), None)
+        if name is None:
+            unexpected.append(key)
+        elif shape != list(tensors[name].shape):
+            mismatched[name] = (shape, list(tensors[name].shape))
+        elif ids.get(name) not in found or name not in ids:  # of tied ones the first
+            wanted[key] = tensors[name]
+        found |= {name, ids.get(name, name)}
+    missing = [name for name in tensors if name not in found and ids.get(name) not in found]
+    ignored = [NO_WEIGHT.pattern, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])]
+    unexpected = [key for key in unexpected if not any(re.search(pattern, key) for pattern in ignored)]
+    return wanted, Differences(missing, sorted(unexpected), mismatched)
