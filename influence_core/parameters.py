@@ -18,7 +18,7 @@ from influence_core.captured import Captured
 from influence_core.errors import UserError
 from influence_core.layers import TrackedLayer
 from influence_core.precision import Precision
-from influence_core.sharding import is_sharded, whole
+from influence_core.sharding import come_to_rest, is_sharded, whole
 from influence_core.task import Batch
 
 
@@ -81,6 +81,7 @@ def other_uses(
         for parameter in list(pending):  # those that no gradient reached, or all of it by now
             arrived(parameter)
     finally:
+        come_to_rest(model)
         for handle in handles:
             handle.remove()
         for parameter, requires_grad, grad in state:

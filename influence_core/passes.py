@@ -29,7 +29,7 @@ from influence_core.errors import UserError
 from influence_core.layers import TrackedLayer
 from influence_core.losses import HeadLoss, watched_heads
 from influence_core.precision import Precision
-from influence_core.sharding import held_whole, is_sharded, local
+from influence_core.sharding import come_to_rest, held_whole, is_sharded, local
 from influence_core.task import EXAMPLE_INDEX, Batch
 
 LossFunction = Callable[[nn.Module, Batch], Tensor]
@@ -107,6 +107,7 @@ class GradientPass:
 
     def __exit__(self, *exception) -> None:
         self.held.close()
+        come_to_rest(self.model)
         for handle in self.handles:
             handle.remove()
         for tensor, held in reversed(self.exact):

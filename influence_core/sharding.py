@@ -83,6 +83,13 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     return blocks
 
 
+def come_to_rest(model: nn.Module) -> None:
+    """Free what is gathered still, as where a pass was broken off in the midst of a unit's."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def own_class(module: nn.Module) -> type:
     """The module's class, without what torch puts before that of a unit."""
     return next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))

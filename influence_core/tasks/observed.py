@@ -18,6 +18,7 @@ from torch import nn
 
 from influence_core.coverage import could_be_tracked
 from influence_core.memory import is_out_of_memory
+from influence_core.sharding import come_to_rest
 from influence_core.task import Batch
 
 Run = Callable[[nn.Module, Batch], object]
@@ -64,6 +65,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         with torch.autocast(device.type if device.type != "meta" else "cpu", enabled=False):
             yield
     finally:
+        come_to_rest(model)
         for module, training in zip(model.modules(), modes):
             module.training = training
 
