@@ -32,7 +32,10 @@ from influence_core.scores.plan import Plan, make_plan, plan_flops
 from influence_core.scores.plan_text import describe_plan
 from influence_core.scores.self_influence import compute_self_influence, self_influence_store
 from influence_core.scores.stored import pairwise_score_store
+from influence_core.sharding import largest_unit_bytes
 from influence_core.study import Study
+
+UNITS_AT_ONCE = 3  # of sharded parameters: one at work, the next one, and what it is made of
 
 
 def analyze(
@@ -91,6 +94,8 @@ def analyze(
         device_type=study.runtime.device.type,
         num_processes=study.runtime.world_size,
         num_workers=study.runtime.num_workers,
+        num_shares=study.runtime.world_size if study.runtime.sharded else 1,
+        gathered_bytes=UNITS_AT_ONCE * largest_unit_bytes(study.model) if study.runtime.sharded else 0,
         post_processed=of_training.num_gradients if study.task.post_processes else 0,
         sum_queries=study.sum_queries,
     )

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from influence_core.exchange import share_out
 from influence_core.factors.eigendecomposition import MATRICES, num_at_once
 from influence_core.factors.lambdas import lambda_chunk
 from influence_core.layers import TrackedLayer
@@ -37,6 +38,8 @@ class Work:
     device_type: str = "cpu"
     num_processes: int = 1  # that share the training examples
     num_workers: int = 1  # eigendecompositions at once
+    num_shares: int = 1  # of the layers, each with a process; then each goes through all training examples
+    gathered_bytes: int = 0  # of sharded parameters, during a pass
     post_processed: int = 0  # gradients an example that a task post-processes, those of a batch all at once
     sum_queries: bool = False  # to one gradient
 
@@ -50,9 +53,26 @@ class Work:
         """Preconditioned gradients: of each strategy."""
         return self.num_gradients * self.num_strategies
 
+    @property
+    def num_scored(self) -> int:
+        """Training examples that a process has scores of."""
+        return self.num_train if self.num_shares > 1 else -(-self.num_train // self.num_processes)
+
+    def exchanged(self, probe: Probe, batch_size: int, layers: list[TrackedLayer]) -> int:
+        """Bytes of what processes send each other of their batches, and get."""
+        return 2 * batch_size * probe.captured_of(layers) if self.num_shares > 1 else 0
+
     def num_lambdas(self, layer: TrackedLayer) -> int:
         """Strategies that need one at a layer."""
         return self.num_with_lambda if layer.is_kronecker else self.num_preconditioned
+
+
+def largest_share(layers: list[TrackedLayer], work: Work) -> list[TrackedLayer]:
+    """Of these layers, those of the process that has the most."""
+    if work.num_shares == 1:
+        return layers
+    shares = share_out(layers, work.num_shares)
+    return max(shares, key=lambda share: sum(layer.num_parameters for layer in share))
 
 
 def gradient_chunk(layer: TrackedLayer, itemsize: int, device_type: str) -> int:
@@ -67,8 +87,13 @@ def preconditioning_chunk(layer: TrackedLayer, itemsize: int, device_type: str) 
 
 def pass_peaks(group: list[TrackedLayer], work: Work, tile_size: int, scored_at_once: int = 1) -> dict[str, int]:
     """Bytes beyond what is in use, for the stages that the plan can shape."""
+    exchanged = {
+        "query gradients": work.exchanged(work.query, work.query_batch_size, group),
+        "training pass": work.exchanged(work.train, work.train_batch_size, group),
+    }
+    group = largest_share(group, work)
     resident = tile_size * work.num_strategies * sum(layer.num_parameters for layer in group) * work.operand_bytes
-    scores = work.num_rows * -(-work.num_train // work.num_processes) * work.sum_bytes
+    scores = work.num_rows * work.num_scored * work.sum_bytes
     logits = 3 * CHUNK_BYTES[work.device_type]
     scored_at_once = max(scored_at_once, work.train_batch_size)
     query_buffer = train_buffer = 0  # numbers, in gradients of a layer that are at hand at once
@@ -96,10 +121,11 @@ def pass_peaks(group: list[TrackedLayer], work: Work, tile_size: int, scored_at_
         + 2 * work.num_rows * scored_at_once * work.sum_bytes  # scores of these examples, and a product to add
     )
     sums = work.sum_queries * sum(layer.num_parameters for layer in group) * work.sum_bytes
-    return {
+    peaks = {
         "query gradients": resident + sums + scores + factors + query + logits + scratch + whole[0],
         "training pass": resident + scores + train + logits + scratch + whole[1],
     }
+    return {stage: peak + exchanged[stage] + work.gathered_bytes for stage, peak in peaks.items()}
 
 
 def _post_processed_bytes(num_parameters: int, work: Work) -> int:
@@ -130,9 +156,12 @@ def _squares(layers: list[TrackedLayer]) -> int:
 def fit_peaks(layers: list[TrackedLayer], work: Work) -> dict[str, int]:
     """Bytes beyond what is in use, of the factor stages."""
     peaks = {}
+    exchanged = work.exchanged(work.train, work.factor_batch_size, layers)
+    layers = largest_share(layers, work)
     squares = _squares(layers) * work.sum_bytes
     kronecker = [layer for layer in layers if layer.is_kronecker]
     batch = work.factor_batch_size * work.train.num_bytes + work.train.fixed_bytes + 3 * CHUNK_BYTES[work.device_type]
+    batch += exchanged + work.gathered_bytes
     if work.num_in_eigenbasis and kronecker:
         peaks["covariance"] = squares + batch
         widths = [size for layer in kronecker for size in layer.shape]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from influence_core.errors import UserError
 from influence_core.layers import TrackedLayer
-from influence_core.scores.cost import Work, fit_flops, fit_peaks, pairwise_flops, pass_peaks
+from influence_core.scores.cost import Work, fit_flops, fit_peaks, largest_share, pairwise_flops, pass_peaks
 from influence_core.units import gigabytes
 
 # Training examples whose products with all resident queries read these only once: on a GPU, which takes 14 ms to read
@@ -136,6 +136,6 @@ def _cost(groups: list[list[TrackedLayer]], tiles: list[range], layers: list[Tra
     for group in groups:
         for stage, peak in pass_peaks(group, work, len(tiles[0])).items():
             peaks[stage] = max(peak, peaks.get(stage, 0))
-    resident = max(sum(layer.num_parameters for layer in group) for group in groups)
+    resident = max(sum(layer.num_parameters for layer in largest_share(group, work)) for group in groups)
     resident_bytes = resident * len(tiles[0]) * work.num_strategies * work.operand_bytes
     return Plan(groups, tiles, resident_bytes, peaks, pairwise_flops(groups, len(tiles), work))

@@ -1,11 +1,14 @@
 """The plan as a person reads it, before the work begins."""
 
+from dataclasses import replace
+
 from torch import nn
 
 from influence_core.coverage import describe_coverage
 from influence_core.layers import TrackedLayer
-from influence_core.scores.cost import Work, factor_bytes
+from influence_core.scores.cost import Work, factor_bytes, fit_peaks, pass_peaks
 from influence_core.scores.plan import Plan, plan_flops
+from influence_core.sharding import describe_units
 from influence_core.units import gigabytes
 
 
@@ -37,4 +40,19 @@ def describe_plan(
         "disk": f"{gigabytes(disk)} of factors and scores",
         "work": ", ".join(f"{stage} {count / 1e12:.3g}" for stage, count in flops.items()) + f" TFLOP{kept}",
     }
+    if work.num_shares > 1:
+        rows = {"sharded": _describe_shards(plan, model, layers, work, in_use)} | rows
     return "Plan\n" + "\n".join(f"  {name:<8} {text}" for name, text in rows.items())
+
+
+def _describe_shards(plan: Plan, model: nn.Module, layers: list[TrackedLayer], work: Work, in_use: int) -> str:
+    """What each process has of the model, and what one process alone would need."""
+    num_bytes = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
+    alone = replace(work, num_shares=1, num_processes=1, gathered_bytes=0)
+    peaks = [*fit_peaks(layers, alone).values(), *pass_peaks(layers, alone, len(plan.query_tiles[0])).values()]
+    needed = in_use + num_bytes - num_bytes // work.num_shares + max(peaks)
+    return (
+        f"a part of {gigabytes(num_bytes // work.num_shares)} of the model's {gigabytes(num_bytes)} in each of "
+        f"{work.num_shares} processes, gathered by units ({describe_units(model)}); one process alone would need "
+        f"{gigabytes(needed)}"
+    )
