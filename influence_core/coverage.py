@@ -6,6 +6,7 @@ from torch import nn
 
 from influence_core.layers import TrackedLayer, trackable_layer_names
 from influence_core.layers.finding import output_head
+from influence_core.sharding import own_class
 
 
 def describe_coverage(model: nn.Module, layers: Sequence[TrackedLayer]) -> str:
@@ -66,11 +67,11 @@ def _is_partly_frozen(model: nn.Module) -> bool:
 
 def _kind(module: nn.Module) -> str:
     """What a person calls the parameters of such a module."""
-    name = type(module).__name__
+    name = own_class(module).__name__
     if isinstance(module, nn.Embedding):
         return "embeddings"
     if "norm" in name.lower():
         return "norms"
     if "expert" in name.lower():
         return "fused experts"
-    return f"shared {name}" if type(module) is nn.Linear else name
+    return f"shared {name}" if own_class(module) is nn.Linear else name

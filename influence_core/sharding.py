@@ -33,7 +33,8 @@ def shard_model(model: nn.Module, device: torch.device) -> None:
     for unit in sharded_units(model):
         fully_shard(unit if len(unit) > 1 else unit[0], mesh=mesh, reshard_after_forward=True)
     fully_shard(model, mesh=mesh)  # of no parameters: from where the passes begin
-    # So it has none to gather again, whatever is made of its output.
+    model.__class__ = own_class(model)  # it is shown by that name
+    # It has nothing to gather again, whatever is made of its output.
     warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \({type(model).__name__}\) returned a view")
 
 

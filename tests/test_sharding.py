@@ -5,15 +5,25 @@ A job runs in real processes that join a group, each with its part of every para
 
 from dataclasses import replace
 
+import peft
 import pytest
 import torch
 import transformers as hf
+from torch import nn
 
+from influence_core import analysis
 from influence_core.analysis import analyze
+from influence_core.errors import UserError
+from influence_core.exchange import rounds, share_out
+from influence_core.fingerprints import model_fingerprint
+from influence_core.layers import find_tracked_layers, trackable_layer_names
 from influence_core.precision import Precision
 from influence_core.runtime import Runtime
-from influence_core.sharding import is_sharded, shard_model
+from influence_core.scores import cost
+from influence_core.sharding import is_sharded, shard_model, sharded_units, whole
 from influence_core.study import Study
+from influence_core.tasks.adapters import adapted_model
+from influence_core.tasks.models import checkpoint_model
 from tests.models import CAUSAL, ENCODER_DECODERS, ENCODERS, RandomCausal, RandomClasses, RandomPairs, make_model
 from tests.studies import STRATEGIES
 from tests.test_exactness import DAMPING, FLOAT64, SEED, load, relative_error
@@ -32,7 +42,7 @@ CASES = {
 SIZES = {"query_batch_size": 2, "train_batch_size": 3, "factor_batch_size": 4}
 
 
-def scores_of(case, directory, runtime, num_train=None, **options):
+def scores_of(case, directory, runtime, num_train=None, num_queries=None, **options):
     """{strategy: scores} of a case's model, sharded where the runtime says so."""
     make_task, auto_model, config, changes, kinds = CASES[case]
     task = make_task()
@@ -40,16 +50,25 @@ def scores_of(case, directory, runtime, num_train=None, **options):
     model = make_model(auto_model, config, **changes).to(runtime.precision.sum_dtype)
     if runtime.sharded:
         shard_model(model, runtime.device)
-    train, queries = task.load_dataset("train")[:num_train], task.load_dataset("validation")
-    study = Study(task, model, train, directory, runtime, **options)
-    scores = analyze(study, STRATEGIES, queries, damping=DAMPING, **SIZES)
-    assert is_sharded(model.parameters()) == runtime.sharded  # all at rest again
+    train, queries = task.load_dataset("train")[:num_train], task.load_dataset("validation")[:num_queries]
+    study = Study(task, model, train, directory, runtime)
+    scores = analyze(study, STRATEGIES, queries, damping=DAMPING, **SIZES, **options)
+    assert all(is_sharded([parameter]) == runtime.sharded for parameter in model.parameters())  # at rest again
     return scores
 
 
 def all_cases(directory, runtime):
+    """{case: scores}: of every model; with fewer examples than processes, in several passes, in bfloat16."""
     runtime = replace(runtime, sharded=runtime.world_size > 1)
-    return {case: scores_of(case, directory / case, runtime) for case in CASES}
+    scores = {case: scores_of(case, directory / case, runtime) for case in CASES}
+    scores["few"] = scores_of("tied head", directory / "few", runtime, num_train=2, num_queries=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Runtime, "used_memory", lambda self: 0)
+        patch.setattr(cost, "CHUNK_BYTES", {"cpu": 0})  # the logits' share would dwarf this model
+        scores["passes"] = scores_of("untied head", directory / "passes", runtime, memory_budget=120_000)
+    half = replace(runtime, precision=HALF)
+    scores["half"] = scores_of("untied head", directory / "half", half)
+    return scores
 
 
 @pytest.fixture(scope="module")
@@ -58,18 +77,182 @@ def single(tmp_path_factory):
     return directory, all_cases(directory, Runtime(precision=FLOAT64, seed=SEED))
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_sharded_gives_what_one_process_gives(tmp_path, single, world_size):
     """Scores of four strategies on every process, and covariances and Lambda of "ekfac" as they are stored."""
     returned = run_processes(all_cases, world_size, tmp_path)
-    for case in CASES:
+    for case in single[1]:
         for scores in returned:
             for strategy in STRATEGIES:
                 error = relative_error(scores[case][strategy], single[1][case][strategy])
-                assert error < 1e-8, (case, strategy)
+                assert error < (2e-2 if case == "half" else 1e-8), (case, strategy)
+    for case in CASES:
         for stem in ("activation_covariance", "gradient_covariance"):
             expected = load(single[0] / case / "factors_ekfac", stem)
             stored = load(tmp_path / case / "factors_ekfac", stem)
             assert stored.keys() == expected.keys()
             for name in expected:
                 assert relative_error(stored[name], expected[name]) < 1e-10
+
+
+class Stopped(Exception):
+    """As if the job had been killed."""
+
+
+class StoppingTask(RandomCausal):
+    """Counts the training losses of more than one example, and stops in place of the one after `stop_after`."""
+
+    def __init__(self, stop_after=None):
+        super().__init__()
+        self.stop_after, self.num_losses = stop_after, 0
+
+    def train_loss(self, model, batch, sample_labels=None):
+        if len(set(batch["example_index"].tolist())) > 1:
+            if self.num_losses == self.stop_after:
+                raise Stopped
+            self.num_losses += 1
+        return super().train_loss(model, batch, sample_labels)
+
+    def measurement(self, model, batch):
+        return super().train_loss(model, batch)  # not counted: a process may have but one query
+
+
+def stopped_and_started_again(directory, runtime):
+    """[(losses of both runs, scores)] where nothing, and where each of several losses is the last."""
+    runtime, results = replace(runtime, sharded=True), []
+
+    def run(task, number):
+        model = make_model(hf.AutoModelForCausalLM, CAUSAL["GPT-2"])
+        shard_model(model, runtime.device)
+        place = directory / str(number)
+        study = Study(task, model, task.load_dataset("train"), place, runtime, progress_interval=0.0)
+        return analyze(study, ["ekfac"], task.load_dataset("validation"), damping=DAMPING, **SIZES)["ekfac"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(analysis, "check_contract", lambda *_: "not at all")
+        for number, stop in enumerate([None, 1, 3, 5]):
+            first, second = StoppingTask(stop), StoppingTask()
+            try:
+                scores = run(first, number)
+            except Stopped:
+                if number == 1 and runtime.is_main:  # processes do not note their progress at the same time
+                    for path in (directory / "1").rglob("*.progress.0.safetensors"):
+                        path.unlink()
+                runtime.barrier()
+                scores = run(second, number)
+            results.append((first.num_losses + second.num_losses, scores))
+    return results
+
+
+@pytest.mark.slow
+def test_a_stopped_job_goes_on_though_its_processes_had_done_unequal_parts(tmp_path):
+    """Stopped in each stage and started again: the very scores of a job that was not, and no more passes run again than
+    the process with the least has to, and than waited to be scored together."""
+    for results in run_processes(stopped_and_started_again, 2, tmp_path):
+        (whole_losses, expected), *others = results
+        for number, (losses, scores) in enumerate(others, 1):
+            assert torch.equal(scores, expected), number
+            assert losses == whole_losses + (number in (1, 3)), number
+
+
+ARCHITECTURES = {
+    "GPT-2": (hf.AutoModelForCausalLM, CAUSAL["GPT-2"]),
+    "T5": (hf.AutoModelForSeq2SeqLM, ENCODER_DECODERS["T5"]),
+    "RoBERTa": (hf.AutoModelForSequenceClassification, ENCODERS["RoBERTa"]),
+    "Llama": (hf.AutoModelForCausalLM, CAUSAL["Llama"]),
+}
+
+
+def load_parts(directory, runtime):
+    """{model: (its parameters, gathered; its fingerprint; numbers of parameters that this process has)}"""
+    found = {}
+    for name, (auto_model, _) in ARCHITECTURES.items():
+        model = checkpoint_model(auto_model, str(directory / name), lambda *_: None, runtime.device)
+        gathered = {key: whole(value) for key, value in model.state_dict().items()}
+        held = sum(parameter.to_local().numel() for parameter in model.parameters())
+        found[name] = (gathered, model_fingerprint(model), held, any(module.training for module in model.modules()))
+    with pytest.raises(UserError, match="missing.*wte.*incomplete"):
+        checkpoint_model(*partial_model(directory), lambda *_: None, runtime.device)
+    with pytest.raises(UserError, match="safetensors"):
+        checkpoint_model(hf.AutoModelForCausalLM, str(directory / "none"), lambda *_: None, runtime.device)
+    return found
+
+
+def partial_model(directory):
+    return hf.AutoModelForCausalLM, str(directory / "partial")
+
+
+def test_each_process_loads_its_part_of_a_checkpoint(tmp_path):
+    """Of one file or several, float32 or bfloat16: gathered it is what transformers loads, of the same fingerprint."""
+    for name, (auto_model, config) in ARCHITECTURES.items():
+        model = make_model(auto_model, config).to(torch.bfloat16 if name == "Llama" else torch.float32)
+        model.save_pretrained(tmp_path / name, max_shard_size="1KB" if name == "T5" else "1GB")
+    model = make_model(hf.AutoModelForCausalLM, CAUSAL["GPT-2"]).float()
+    state = {name: x for name, x in model.state_dict().items() if "wte" not in name and "lm_head" not in name}
+    model.save_pretrained(tmp_path / "partial", state_dict=state)
+    model.config.save_pretrained(tmp_path / "none")
+    returned = run_processes(load_parts, 2, tmp_path)
+    for name, (auto_model, _) in ARCHITECTURES.items():
+        expected = checkpoint_model(auto_model, str(tmp_path / name), lambda *_: None)
+        size = sum(parameter.numel() for parameter in expected.parameters())
+        for found in returned:
+            gathered, fingerprint, held, is_training = found[name]
+            assert gathered.keys() == expected.state_dict().keys()
+            assert all(torch.equal(gathered[key], value) for key, value in expected.state_dict().items())
+            assert fingerprint == model_fingerprint(expected) and not is_training
+            assert held < 0.6 * size
+
+
+def adapted_scores(directory, runtime):
+    task, sharded = RandomCausal(), runtime.world_size > 1
+    runtime = Runtime(seed=SEED, rank=runtime.rank, world_size=runtime.world_size, sharded=sharded)
+    model = adapted_model(
+        hf.AutoModelForCausalLM, str(directory / "adapter"), None, None, lambda *_: None, False,
+        runtime.device if sharded else None,
+    ).eval()  # fmt: skip
+    study = Study(task, model, task.load_dataset("train"), directory / str(runtime.world_size), runtime)
+    names = [layer.name for layer in study.layers]
+    scores = analyze(study, ["ekfac"], task.load_dataset("validation"), damping=DAMPING, **SIZES)
+    return names, scores["ekfac"], model_fingerprint(model)
+
+
+@pytest.mark.slow
+def test_an_adapter_of_a_sharded_model(tmp_path):
+    """LoRA on a base model of which each process has a part: tracked alike, equal scores within float32's rounding."""
+    torch.manual_seed(2)
+    base = make_model(hf.AutoModelForCausalLM, CAUSAL["Llama"]).float()
+    base.save_pretrained(tmp_path / "base")
+    base = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    adapter = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
+    for name, parameter in adapter.named_parameters():
+        if "lora" in name:
+            nn.init.normal_(parameter)
+    adapter.save_pretrained(tmp_path / "adapter")
+    names, expected, fingerprint = adapted_scores(tmp_path, Runtime())
+    for found in run_processes(adapted_scores, 2, tmp_path):
+        assert (found[0], found[2]) == (names, fingerprint)
+        assert relative_error(found[1], expected) < 1e-4
+
+
+def test_units_are_blocks_and_what_lies_outside():
+    """Every parameter is of one unit; a tied table, wherever it is used, is one; a model without blocks is refused."""
+    for name, (auto_model, config) in ARCHITECTURES.items():
+        model = make_model(auto_model, config)
+        units = [{id(x) for module in unit for x in module.parameters()} for unit in sharded_units(model)]
+        assert sum(map(len, units)) == len(list(model.parameters())), name
+        assert set.union(*units) == {id(x) for x in model.parameters()}
+    with pytest.raises(UserError, match="no repeated blocks"):
+        sharded_units(nn.Sequential(nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 3, 7, 50])
+def test_layers_and_batches_are_shared_out(num_processes):
+    """Each layer has one owner, runs of layers are about even; each example is in one batch, of the allowed size."""
+    model = make_model(hf.AutoModelForCausalLM, CAUSAL["GPT-2"])
+    layers = find_tracked_layers(model, trackable_layer_names(model)[:-1])
+    shares = share_out(layers, num_processes)
+    assert len(shares) == num_processes and [layer for share in shares for layer in share] == layers
+    for num_examples in (1, 5, 40):
+        batches = [batch for each in rounds(num_examples, 4, num_processes) for batch in each]
+        assert [index for batch in batches for index in batch] == list(range(num_examples))
+        assert max(map(len, batches)) <= 4 and len(batches) % num_processes == 0
