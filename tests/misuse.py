@@ -68,6 +68,8 @@ WORDS_THAT_ARE_NONE = [
     *rows_of("analyze", "--scores_suffix", [("../x", "is a word"), ("half", "other than half"), ("a b", "is a word"),
                                             ("", "is empty"), (LONG, "too long for the name of a file")]),
     ("analyze", ["--use_ddp"], "works under torchrun only"),
+    *rows_of("analyze", "--use_fsdp", [([], "works under torchrun only"), (["--use_ddp"], "say one of them"),
+                                       (["--use_compile"], "leave one of them out")]),
     *rows_of("evaluate_lds", "--scores", [("nope", "no scores 'nope'"), ("", "is empty"), (LONG, "too long"),
                                           (["tfidf", "tfidf"], "names one twice"), ([], "at least one argument")]),
     ("run_counterfactual", ["--scores", "nope"], "no scores 'nope'"),

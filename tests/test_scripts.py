@@ -205,7 +205,8 @@ BOTH = ["preset", "model_name_or_path", "dataset_name_or_path", "checkpoint_dir"
 BOTH += ["use_half_precision", "num_train", "seed", "overwrite"]
 ONLY_TRAIN = ["eval_batch_size", "learning_rate", "weight_decay", "num_train_epochs"]
 ONLY_ANALYZE = ["output_dir", "factor_strategy", "query_batch_size", "factor_batch_size", "use_compile", "use_ddp"]
-ONLY_ANALYZE += ["damping_factor", "use_empirical_fisher", "memory_budget_gb", "num_queries"]
+
+ONLY_ANALYZE += ["use_fsdp", "damping_factor", "use_empirical_fisher", "memory_budget_gb", "num_queries"]
 
 
 RETRAINING = [*BOTH[:-1], *ONLY_TRAIN, "output_dir", "num_queries", "scores", "num_repeats", "bank_dir", "figure_dir"]

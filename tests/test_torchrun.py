@@ -75,6 +75,26 @@ def test_train_and_analyze_under_torchrun(example, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_sharded_under_torchrun(example, tmp_path):
+    """analyze.py in two processes with a part of the model each: the scores of one process, and the plan says how."""
+    task_class = EXAMPLES[example][0]
+    place = ["--checkpoint_dir", tmp_path / "checkpoint"]
+    run("train", *train_flags(example), *place, task_class=task_class).ok()
+    analyze = ["--preset", "demo", "--num_queries", NUM_QUERIES, *place, "--track", "all", "--factor_strategy", "ekfac"]
+    two = [*TORCHRUN, f"{example}/analyze.py", "--use_fsdp", *analyze, "--output_dir", tmp_path / "two"]
+    outcome = run_process(two)
+    assert re.search(r"sharded +a part of .* in each of 2 processes, gathered by units", outcome.ok())
+    assert "Warning" not in outcome.err
+    run("analyze", *analyze, "--output_dir", tmp_path / "one", task_class=task_class).ok()
+    file = "scores_ekfac/pairwise_scores.safetensors"
+    pair = torch.stack([load_file(tmp_path / name / file)["all_modules"].flatten() for name in ("one", "two")])
+    assert torch.corrcoef(pair)[0, 1] > 0.999
+    again = [*two[:-1], tmp_path / "one"]  # the model is known to be the same one
+    assert f"Found finished {tmp_path}/one/scores_ekfac/pairwise_scores.json" in run_process(again).ok()
+
+
+@pytest.mark.slow
 def test_several_checkpoints_and_all_parameters_under_torchrun(tmp_path):
     """Two processes leave and average the same checkpoints as one does."""
     place = ["--checkpoint_dir", tmp_path / "checkpoint"]
@@ -123,13 +143,13 @@ def killed_when_there(path, command, rank, log):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="no /proc to find the process in")
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_process_that_dies_ends_the_job_and_a_rerun_goes_on(rank, tmp_path):
+@pytest.mark.parametrize("rank, how", [(0, "--use_ddp"), (1, "--use_ddp"), (1, "--use_fsdp")])
+def test_a_process_that_dies_ends_the_job_and_a_rerun_goes_on(rank, how, tmp_path):
     """Killed after the covariances: no hang, told which and why; the rerun keeps what was finished, same scores."""
     place = ["--checkpoint_dir", tmp_path / "checkpoint"]
     run("train", *train_flags("wikitext_gpt2"), "--num_train", "1000", *place).ok()
     output_dir = tmp_path / "results"
-    flags = ["--preset", "demo", "--factor_strategy", "ekfac", "--factor_batch_size", "2", "--use_ddp"]
+    flags = ["--preset", "demo", "--factor_strategy", "ekfac", "--factor_batch_size", "2", how]
     command = [*TORCHRUN, "wikitext_gpt2/analyze.py", *flags, *place, "--output_dir", output_dir]
     covariance = output_dir / "factors_ekfac" / "covariance.json"
     out = killed_when_there(covariance, command, rank, tmp_path / "log")
