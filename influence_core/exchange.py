@@ -21,6 +21,7 @@ from influence_core.captured import Captured
 from influence_core.layers import TrackedLayer
 
 ALIGNMENT = 16  # bytes, at which a tensor begins among others
+LAYERS_AT_ONCE = 8  # of each process, whose tensors are on their way together: about those of a block
 
 
 def share_out(layers: Sequence[TrackedLayer], num_processes: int) -> list[list[TrackedLayer]]:
@@ -42,13 +43,27 @@ def _weight(layer: TrackedLayer) -> int:
     return layer.num_parameters + squares
 
 
-def exchange(captured: dict[str, Captured], shares: Sequence[Sequence[str]], device: torch.device) -> list[dict]:
+def exchange(
+    captured: dict[str, Captured], shares: Sequence[Sequence[str]], device: torch.device
+) -> list[dict[str, Captured]]:
     """What each process captured of the layers that this one owns, in the order of the processes.
 
     Args:
         captured: of this process's batch, by layer; emptied. Nothing where it had no batch.
         shares: names of the layers of each process.
     """
+    received: list[dict[str, Captured]] = [{} for _ in shares]
+    for start in range(0, max(map(len, shares)), LAYERS_AT_ONCE):
+        some = [share[start : start + LAYERS_AT_ONCE] for share in shares]
+        for of_source, part in zip(received, _exchange(captured, some, device)):
+            of_source |= part
+    return received
+
+
+def _exchange(
+    captured: dict[str, Captured], shares: Sequence[Sequence[str]], device: torch.device
+) -> list[dict[str, Captured]]:
+    """The same, all at once; what the shares name is taken out of `captured`."""
     rank = dist.get_rank()
     own = {name: captured.pop(name) for name in shares[rank] if name in captured}
     packed = [_pack({name: captured.pop(name) for name in share if name in captured}) for share in shares]

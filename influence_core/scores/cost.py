@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from influence_core.exchange import share_out
+from influence_core.exchange import LAYERS_AT_ONCE, share_out
 from influence_core.factors.eigendecomposition import MATRICES, num_at_once
 from influence_core.factors.lambdas import lambda_chunk
 from influence_core.layers import TrackedLayer
@@ -59,8 +59,11 @@ class Work:
         return self.num_train if self.num_shares > 1 else -(-self.num_train // self.num_processes)
 
     def exchanged(self, probe: Probe, batch_size: int, layers: list[TrackedLayer]) -> int:
-        """Bytes of what processes send each other of their batches, and get."""
-        return 2 * batch_size * probe.captured_of(layers) if self.num_shares > 1 else 0
+        """Bytes of what processes send each other of their batches, and get, at once."""
+        if self.num_shares == 1:
+            return 0
+        at_once = min(1.0, LAYERS_AT_ONCE * self.num_shares / len(layers))
+        return int(2 * at_once * batch_size * probe.captured_of(layers))
 
     def num_lambdas(self, layer: TrackedLayer) -> int:
         """Strategies that need one at a layer."""
