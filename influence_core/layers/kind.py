@@ -28,7 +28,6 @@ class SiteProducts:
     spans: Spans = ()  # how the positions lie; empty: one call
 
 
-
 def forward_with(module: nn.Module, parameters: Mapping[str, Tensor], *arguments: Any, **keywords: Any) -> Any:
     """What the module computes with other numbers in the place of its own parameters; without its hooks."""
     held = dict(module._parameters)
