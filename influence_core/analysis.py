@@ -19,11 +19,11 @@ from influence_core.passes import LossFunction
 from influence_core.probing import Probe, probe
 from influence_core.scores.batch_sizes import fit_batch_sizes
 from influence_core.scores.cost import Work
+from influence_core.scores.explaining import compute_score_parts
 from influence_core.scores.pairwise import compute_pairwise_scores
 from influence_core.scores.parts import (
     Pair,
     ScoreParts,
-    compute_score_parts,
     drop_parts_of_others,
     load_score_parts,
     parts_store,
@@ -222,7 +222,7 @@ def probe_example(study: Study, dataset: Sequence[Any], loss: LossFunction, laye
             two = probe(run, make_batch(study.task, dataset, [longest, longest], study.runtime))
             num_bytes = two.num_bytes - one.num_bytes
         except RuntimeError as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) or study.runtime.sharded:  # others are in the midst of the same pass
                 raise
             num_bytes = one.num_bytes  # then nothing is known of what more examples would not multiply
     share_of_longest = sum(lengths) / len(lengths) / lengths[longest]

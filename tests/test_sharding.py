@@ -9,10 +9,11 @@ import peft
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file
 from torch import nn
 
 from influence_core import analysis
-from influence_core.analysis import analyze
+from influence_core.analysis import analyze, explain
 from influence_core.errors import UserError
 from influence_core.exchange import rounds, share_out
 from influence_core.fingerprints import model_fingerprint
@@ -20,6 +21,7 @@ from influence_core.layers import find_tracked_layers, trackable_layer_names
 from influence_core.precision import Precision
 from influence_core.runtime import Runtime
 from influence_core.scores import cost
+from influence_core.scores.parts import shown_pairs
 from influence_core.sharding import is_sharded, shard_model, sharded_units, whole
 from influence_core.study import Study
 from influence_core.tasks.adapters import adapted_model
@@ -93,6 +95,42 @@ def test_sharded_gives_what_one_process_gives(tmp_path, single, world_size):
             assert stored.keys() == expected.keys()
             for name in expected:
                 assert relative_error(stored[name], expected[name]) < 1e-10
+
+
+def looked_into(directory, runtime):
+    """{case: {name: numbers}}: self-influence, parts of scores, and those of the sum of the queries."""
+    runtime, found = replace(runtime, sharded=runtime.world_size > 1), {}
+    for case in ("tied head", "two streams"):
+        for sum_queries in (False, True):
+            make_task, auto_model, config, changes, kinds = CASES[case]
+            task = make_task()
+            task.tracked_kinds = kinds
+            model = make_model(auto_model, config, **changes).to(torch.float64)
+            if runtime.sharded:
+                shard_model(model, runtime.device)
+            queries, place = task.load_dataset("validation"), directory / f"{case} {sum_queries}"
+            study = Study(task, model, task.load_dataset("train"), place, runtime, sum_queries=sum_queries)
+            scores = analyze(study, STRATEGIES, queries, damping=DAMPING, self_influence=True, **SIZES)
+            pairs = {name: shown_pairs(scores[name], 3, 2) for name in ("ekfac", "diagonal")}
+            sizes = {key: value for key, value in SIZES.items() if key != "factor_batch_size"}
+            parts = explain(study, pairs, queries, DAMPING, **sizes)
+            of_parts = {f"{name} {key}": x for name, each in parts.items() for key, x in each.tensors().items()}
+            files = {name: place / f"scores_{name}" / "self_influence.safetensors" for name in STRATEGIES}
+            of_self = {f"{name} self": load_file(file)["all_modules"] for name, file in files.items()}
+            found[case, sum_queries] = {**scores, **of_parts, **of_self}
+    return found
+
+
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_what_sharded_scores_are_made_of(tmp_path, world_size):
+    """Self-influence, parts by layer and token, and scores of the queries' sum: as of one process."""
+    expected = looked_into(tmp_path / "one", Runtime(precision=FLOAT64, seed=SEED))
+    (tmp_path / "several").mkdir()
+    for found in run_processes(looked_into, world_size, tmp_path / "several"):
+        assert found.keys() == expected.keys()
+        for case, tensors in expected.items():
+            for name, tensor in tensors.items():
+                assert relative_error(found[case][name], tensor) < 1e-8, (case, name)
 
 
 class Stopped(Exception):

@@ -122,7 +122,7 @@ def _perform_eigendecomposition(study: Study, store: StageStore, covariance_stor
         jobs = sorted(sizes, key=lambda job: -sizes[job])
         same = _same(covariances, jobs)
         jobs = [job for job in jobs if job not in same]
-        partition = {"rank": runtime.rank, "world_size": runtime.world_size}
+        partition = {"rank": runtime.rank, "world_size": runtime.world_size, "sharded": runtime.sharded}
         _, done = store.load_progress(partition, runtime.warn) or (0, {})
         # Of sharded layers, a process has the covariances of its own.
         dealt = slice(None) if runtime.sharded else slice(runtime.rank, None, runtime.world_size)

@@ -29,21 +29,22 @@ def preconditioned_sum(
     label: str = "",
 ) -> dict[str, Parts]:
     """{layer: parts of [strategies] gradients}, of all processes' queries together, as operands of products."""
-    runtime = study.runtime
+    runtime, own = study.runtime, study.own(group)
     like = torch.empty(0, dtype=runtime.precision.sum_dtype, device=runtime.device)
-    sums = {layer.name: tuple(part.zero_() for part in layer.empty_parts(like, 1)) for layer in group}
+    sums = {layer.name: tuple(part.zero_() for part in layer.empty_parts(like, 1)) for layer in own}
     order = order_examples(study.lengths(query_dataset), runtime)
     with (
         runtime.progress(len(order), f"Query gradients{label}") as bar,
         study.gradient_pass(study.task.measurement, group) as run,
     ):
         for indices, captured in study.captures(run, query_dataset, order, batch_size, "measurement"):
-            for layer in group:
+            for layer in own:
                 _add(study, layer, captured.pop(layer.name), gradients, sums[layer.name])
             bar.update(len(indices))
-    runtime.all_reduce(itertools.chain(*sums.values()))
+    if not runtime.sharded:  # then the owner of a layer had all queries
+        runtime.all_reduce(itertools.chain(*sums.values()))
     resident, like = {}, like.to(runtime.precision.operand_dtype)
-    for layer in group:
+    for layer in own:
         matrix = layer.to_matrix(sums.pop(layer.name))
         resident[layer.name] = layer.empty_parts(like, len(preconditioners[layer.name].inverses))
         with runtime.precision.rotations():

@@ -74,12 +74,7 @@ def compute_self_influence(
 def _pass_over(study, factor_stores, damping, batch_size, layer_groups, progress_store, partition) -> Tensor:
     """[strategies, training examples], on the CPU, of all processes together."""
     runtime, order = study.runtime, study.train_order
-    partition |= {
-        "rank": runtime.rank,
-        "world_size": runtime.world_size,
-        "order": study.train_order_digest,
-        "layers": [len(group) for group in layer_groups],
-    }
+    partition |= study.partition(batch_size) | {"layers": [len(group) for group in layer_groups]}
     sums = {"dtype": runtime.precision.sum_dtype, "device": runtime.device}
     scores = torch.zeros(len(factor_stores), len(study.train_dataset), **sums)
     done = 0  # examples, in the order of the passes
@@ -94,7 +89,8 @@ def _pass_over(study, factor_stores, damping, batch_size, layer_groups, progress
         done_here = min(max(done - first, 0), len(order))
         if done_here == len(order) and runtime.world_size == 1:
             continue
-        preconditioners = load_preconditioners(study, factor_stores, list(factor_stores), group, damping)
+        own = study.own(group)
+        preconditioners = load_preconditioners(study, factor_stores, list(factor_stores), own, damping)
         label = (
             f"Self-influence (pass {number + 1} of {len(layer_groups)})" if len(layer_groups) > 1 else "Self-influence"
         )
@@ -103,10 +99,10 @@ def _pass_over(study, factor_stores, damping, batch_size, layer_groups, progress
             runtime.progress(len(order), label, initial=done_here) as bar,
             study.gradient_pass(study.task.train_loss, group) as run,
         ):
-            rest = order[done_here:]
-            for indices, captured in study.captures(run, study.train_dataset, rest, batch_size, "training loss"):
+            what = study.train_dataset, order, batch_size, "training loss"
+            for indices, captured in study.captures(run, *what, done=done_here):
                 block = scores.new_zeros(len(scores), len(indices))
-                for layer in group:
+                for layer in own:
                     _add(study, layer, preconditioners[layer.name], captured.pop(layer.name), block)
                 scores.index_add_(1, runtime.send(torch.tensor(indices)), block)
                 done_here += len(indices)
