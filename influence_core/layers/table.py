@@ -216,7 +216,7 @@ class TableLayer(TrackedLayer):
             products.append(products_with_matrices(head, positions, directions))
         for loss in captured.losses:
             one = replace(loss, hidden=loss.hidden[0], targets=loss.targets[0])
-            of_weight = Head(self.parameters[0].detach(), loss.precision)
+            of_weight = Head(whole(self.parameters[0]).detach(), loss.precision)
             products.append(SiteProducts(head, head_products(one, of_weight, directions[..., : self.in_features])))
         for lookups in captured.lookups:
             rows = directions[:, lookups.ids[0], : self.in_features]
