@@ -23,23 +23,37 @@ from influence_core.errors import UserError
 _HELD: ContextVar[dict[int, Tensor] | None] = ContextVar("held_whole", default=None)
 
 
-def shard_model(model: nn.Module, device: torch.device) -> None:
-    """Leave each process of the group its part of every parameter; parameters on the meta device stay there.
+def process_mesh(device_type: str, num_shards: int | None = None) -> DeviceMesh:
+    """All processes of the group, or rows of `num_shards` neighbours, each of which has a whole model together.
+
+    Raises:
+        UserError: the processes do not make whole rows.
+    """
+    num_processes = torch.distributed.get_world_size()
+    num_shards = num_shards or num_processes
+    if num_processes % num_shards:
+        raise UserError(
+            f"--fsdp_shards {num_shards}: {num_processes} processes can't be shared out to that many each; give a "
+            "divisor of their number, such as the processes of a node"
+        )
+    if num_shards == num_processes:
+        return init_device_mesh(device_type, (num_processes,))
+    shape = num_processes // num_shards, num_shards
+    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def shard_model(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Leave each process of the mesh its part of every parameter; parameters on the meta device stay there.
 
     Raises:
         UserError: the model has no repeated blocks.
     """
-    mesh = _mesh(device)
     for unit in sharded_units(model):
         fully_shard(unit if len(unit) > 1 else unit[0], mesh=mesh, reshard_after_forward=True)
     fully_shard(model, mesh=mesh)  # of no parameters: from where the passes begin
     model.__class__ = own_class(model)  # it is shown by that name
     # What a tracked layer hands on is one, and a model that changes it in place is given a copy (passes.py).
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
-
-
-def _mesh(device: torch.device) -> DeviceMesh:
-    return init_device_mesh(device.type, (torch.distributed.get_world_size(),))
 
 
 def sharded_units(model: nn.Module) -> list[list[nn.Module]]:

@@ -70,6 +70,7 @@ WORDS_THAT_ARE_NONE = [
     ("analyze", ["--use_ddp"], "works under torchrun only"),
     *rows_of("analyze", "--use_fsdp", [([], "works under torchrun only"), (["--use_ddp"], "say one of them"),
                                        (["--use_compile"], "leave one of them out")]),
+    *rows_of("analyze", "--fsdp_shards", [("2", "give both"), (["0", "--use_fsdp"], "positive")]),
     *rows_of("evaluate_lds", "--scores", [("nope", "no scores 'nope'"), ("", "is empty"), (LONG, "too long"),
                                           (["tfidf", "tfidf"], "names one twice"), ([], "at least one argument")]),
     ("run_counterfactual", ["--scores", "nope"], "no scores 'nope'"),

@@ -22,7 +22,7 @@ from influence_core.precision import Precision
 from influence_core.runtime import Runtime
 from influence_core.scores import cost
 from influence_core.scores.parts import shown_pairs
-from influence_core.sharding import is_sharded, shard_model, sharded_units, whole
+from influence_core.sharding import is_sharded, local, process_mesh, shard_model, sharded_units, whole
 from influence_core.study import Study
 from influence_core.tasks.adapters import adapted_model
 from influence_core.tasks.models import checkpoint_model
@@ -51,7 +51,7 @@ def scores_of(case, directory, runtime, num_train=None, num_queries=None, **opti
     task.tracked_kinds = kinds
     model = make_model(auto_model, config, **changes).to(runtime.precision.sum_dtype)
     if runtime.sharded:
-        shard_model(model, runtime.device)
+        shard_model(model, process_mesh("cpu"))
     train, queries = task.load_dataset("train")[:num_train], task.load_dataset("validation")[:num_queries]
     study = Study(task, model, train, directory, runtime)
     scores = analyze(study, STRATEGIES, queries, damping=DAMPING, **SIZES, **options)
@@ -97,6 +97,33 @@ def test_sharded_gives_what_one_process_gives(tmp_path, single, world_size):
                 assert relative_error(stored[name], expected[name]) < 1e-10
 
 
+def replicated(directory, runtime):
+    """(scores of a stored model that two of four processes have together, the share of it that each has)"""
+    mesh, several = None, runtime.world_size > 1
+    if several:
+        with pytest.raises(UserError, match="fsdp_shards 3: 4 processes"):
+            process_mesh("cpu", 3)
+        mesh = process_mesh("cpu", 2)
+    model = checkpoint_model(hf.AutoModelForCausalLM, str(directory / "model"), lambda *_: None, mesh)
+    runtime = Runtime(seed=SEED, rank=runtime.rank, world_size=runtime.world_size, sharded=several)
+    task = RandomCausal()
+    study = Study(task, model, task.load_dataset("train"), directory / str(runtime.world_size), runtime)
+    scores = analyze(study, STRATEGIES, task.load_dataset("validation"), damping=DAMPING, **SIZES)
+    return scores, sum(local(x).numel() for x in model.parameters()) / sum(x.numel() for x in model.parameters())
+
+
+@pytest.mark.slow
+def test_parts_of_parameters_are_replicated(tmp_path):
+    """Two rows of two processes: as of one process, each with half of the model."""
+    make_model(hf.AutoModelForCausalLM, CAUSAL["Llama"]).float().save_pretrained(tmp_path / "model")
+    expected, share = replicated(tmp_path, Runtime())
+    assert share == 1
+    for scores, share in run_processes(replicated, 4, tmp_path):
+        assert 0.4 < share < 0.6
+        for strategy in STRATEGIES:
+            assert relative_error(scores[strategy], expected[strategy]) < 1e-4
+
+
 def looked_into(directory, runtime):
     """{case: {name: numbers}}: self-influence, parts of scores, and those of the sum of the queries."""
     runtime, found = replace(runtime, sharded=runtime.world_size > 1), {}
@@ -107,7 +134,7 @@ def looked_into(directory, runtime):
             task.tracked_kinds = kinds
             model = make_model(auto_model, config, **changes).to(torch.float64)
             if runtime.sharded:
-                shard_model(model, runtime.device)
+                shard_model(model, process_mesh("cpu"))
             queries, place = task.load_dataset("validation"), directory / f"{case} {sum_queries}"
             study = Study(task, model, task.load_dataset("train"), place, runtime, sum_queries=sum_queries)
             scores = analyze(study, STRATEGIES, queries, damping=DAMPING, self_influence=True, **SIZES)
@@ -161,7 +188,7 @@ def stopped_and_started_again(directory, runtime):
 
     def run(task, number):
         model = make_model(hf.AutoModelForCausalLM, CAUSAL["GPT-2"])
-        shard_model(model, runtime.device)
+        shard_model(model, process_mesh("cpu"))
         place = directory / str(number)
         study = Study(task, model, task.load_dataset("train"), place, runtime, progress_interval=0.0)
         return analyze(study, ["ekfac"], task.load_dataset("validation"), damping=DAMPING, **SIZES)["ekfac"]
@@ -205,14 +232,14 @@ def load_parts(directory, runtime):
     """{model: (its parameters, gathered; its fingerprint; numbers of parameters that this process has)}"""
     found = {}
     for name, (auto_model, _) in ARCHITECTURES.items():
-        model = checkpoint_model(auto_model, str(directory / name), lambda *_: None, runtime.device)
+        model = checkpoint_model(auto_model, str(directory / name), lambda *_: None, process_mesh("cpu"))
         gathered = {key: whole(value) for key, value in model.state_dict().items()}
         held = sum(parameter.to_local().numel() for parameter in model.parameters())
         found[name] = (gathered, model_fingerprint(model), held, any(module.training for module in model.modules()))
     with pytest.raises(UserError, match="missing.*wte.*incomplete"):
-        checkpoint_model(*partial_model(directory), lambda *_: None, runtime.device)
+        checkpoint_model(*partial_model(directory), lambda *_: None, process_mesh("cpu"))
     with pytest.raises(UserError, match="safetensors"):
-        checkpoint_model(hf.AutoModelForCausalLM, str(directory / "none"), lambda *_: None, runtime.device)
+        checkpoint_model(hf.AutoModelForCausalLM, str(directory / "none"), lambda *_: None, process_mesh("cpu"))
     return found
 
 
@@ -246,7 +273,7 @@ def adapted_scores(directory, runtime):
     runtime = Runtime(seed=SEED, rank=runtime.rank, world_size=runtime.world_size, sharded=sharded)
     model = adapted_model(
         hf.AutoModelForCausalLM, str(directory / "adapter"), None, None, lambda *_: None, False,
-        runtime.device if sharded else None,
+        process_mesh("cpu") if sharded else None,
     ).eval()  # fmt: skip
     study = Study(task, model, task.load_dataset("train"), directory / str(runtime.world_size), runtime)
     names = [layer.name for layer in study.layers]

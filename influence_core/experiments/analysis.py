@@ -26,7 +26,7 @@ from influence_core.runtime import Runtime
 from influence_core.scores.parts import SHOWN_EACH, shown_pairs
 from influence_core.scores.stored import pairwise_score_store
 from influence_core.scores.tokens import tells_tokens, token_counts
-from influence_core.sharding import is_sharded, shard_model
+from influence_core.sharding import is_sharded, process_mesh, shard_model
 from influence_core.study import Study
 from influence_core.tasks.adapters import is_adapter
 from influence_core.tasks.example import ExampleTask, is_main_process
@@ -73,12 +73,12 @@ def _run(task_class: type[ExampleTask], arguments, runtime: Runtime, made_by: st
     task.tracked_layers, task.tracked_kinds = arguments.tracked_layers, arguments.track
     task.checkpoint_dir = arguments.checkpoint_dir  # whose tokenizer makes the user's texts into examples
     own_queries = load_own_queries(task, arguments)
-    task.shard_on = runtime.device if runtime.sharded else None
+    task.shard_on = process_mesh(runtime.device.type, arguments.fsdp_shards) if runtime.sharded else None
 
     def load_model(directory: str | Path) -> nn.Module:
         model = task.load_model(directory)
-        if runtime.sharded and not is_sharded(model.parameters()):  # by a task that loads it in its own way
-            shard_model(model, runtime.device)
+        if task.shard_on is not None and not is_sharded(model.parameters()):  # by a task that loads it in its own way
+            shard_model(model, task.shard_on)
         return model
 
     model = load_model(arguments.checkpoint_dir)

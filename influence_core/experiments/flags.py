@@ -114,6 +114,8 @@ def _add_analyze_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--use_ddp", action="store_true", help="several processes; launch with torchrun")
     parser.add_argument("--use_fsdp", action="store_true", help="several processes, each with its part of the model's "
                         "parameters, for models that one does not hold; launch with torchrun")  # fmt: skip
+    parser.add_argument("--fsdp_shards", type=int, metavar="N", help="of --use_fsdp: processes that have a whole model "
+                        "together, such as those of a node (default: all)")  # fmt: skip
     parser.add_argument("--progress_interval", type=float, metavar="SECONDS", help="between two notes of progress, "
                         "from which a killed run goes on")  # fmt: skip
     _add_looking_arguments(parser)

@@ -55,6 +55,8 @@ def check_values(arguments: argparse.Namespace) -> None:
         )
     if getattr(arguments, "query_text", None) and arguments.query_file:
         raise UserError("--query_text and --query_file are both given: put all queries into the file")
+    if getattr(arguments, "fsdp_shards", None) and not arguments.use_fsdp:
+        raise UserError("--fsdp_shards says how --use_fsdp shares out parameters: give both, or leave it out")
     last = max(getattr(arguments, "save_at", None) or [0])
     if last and last > arguments.num_train_epochs:
         raise UserError(f"--save_at {last:g} is after the end of a training of {arguments.num_train_epochs} epochs")

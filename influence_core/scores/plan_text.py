@@ -8,7 +8,7 @@ from influence_core.coverage import describe_coverage
 from influence_core.layers import TrackedLayer
 from influence_core.scores.cost import Work, factor_bytes, fit_peaks, pass_peaks
 from influence_core.scores.plan import Plan, plan_flops
-from influence_core.sharding import describe_units
+from influence_core.sharding import describe_units, local
 from influence_core.units import gigabytes
 
 
@@ -50,9 +50,10 @@ def _describe_shards(plan: Plan, model: nn.Module, layers: list[TrackedLayer], w
     num_bytes = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
     alone = replace(work, num_shares=1, num_processes=1, gathered_bytes=0)
     peaks = [*fit_peaks(layers, alone).values(), *pass_peaks(layers, alone, len(plan.query_tiles[0])).values()]
-    needed = in_use + num_bytes - num_bytes // work.num_shares + max(peaks)
+    part = sum(local(parameter).nbytes for parameter in model.parameters())
+    needed = in_use + num_bytes - part + max(peaks)
     return (
-        f"a part of {gigabytes(num_bytes // work.num_shares)} of the model's {gigabytes(num_bytes)} in each of "
+        f"a part of {gigabytes(part)} of the model's {gigabytes(num_bytes)} in each of "
         f"{work.num_shares} processes, gathered by units ({describe_units(model)}); one process alone would need "
         f"{gigabytes(needed)}"
     )

@@ -21,8 +21,8 @@ from influence_core.tasks.loading import load_from
 from influence_core.tasks.models import MODEL_FLAG, Adapt, start_model
 
 if TYPE_CHECKING:
-    import torch
     from peft import PeftConfig, PeftModel
+    from torch.distributed.device_mesh import DeviceMesh
 
 CONFIG, BASE = "adapter_config.json", "base_model.json"  # peft's, and ours beside it: which base it is
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -87,14 +87,14 @@ def adapted_model(
     lora: Lora | None,
     adapt: Adapt,
     is_fresh: bool,
-    shard_on: "torch.device | None" = None,
+    shard_on: "DeviceMesh | None" = None,
 ) -> nn.Module:
     """The base model of a stored adapter, with that adapter; or with a new one of the same making, to be trained.
 
     Args:
         model_source: another place of the base model, where it is no longer at its own.
         lora: what flags say of the adapter.
-        shard_on: where this process gets its part of each parameter of the base model; the adapter is whole.
+        shard_on: the processes that get a part of each parameter of the base model; the adapter is whole.
     Raises:
         UserError: it is of another kind than LoRA, is not whole, or not what the flags say; its base model can't be
             had, or is another now.

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from influence_core.errors import UserError
 from influence_core.task import Batch, InfluenceTask
@@ -42,7 +42,7 @@ class ExampleTask(InfluenceTask):
     checkpoint_dir: str | None = None
     frozen_parameters: str | None = None  # a regular expression: those in whose names it is found are not trained
     tracked_kinds: str = "blocks"  # or "all": linear layers, or every parameter that training moves; of --track
-    shard_on: torch.device | None = None  # the device where this process gets its part of a model; of --use_fsdp
+    shard_on: DeviceMesh | None = None  # the processes that get a part of a model each; of --use_fsdp
     tracked_layers: str | None = None  # a regular expression that narrows what is tracked; of --tracked_layers
 
     @staticmethod

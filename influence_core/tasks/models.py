@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from huggingface_hub.constants import DEFAULT_REVISION
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, PretrainedConfig
 
 from influence_core.errors import UserError
@@ -34,8 +35,8 @@ def has_weights(source: str | None) -> bool:
     return any(itertools.chain(directory.glob("*.safetensors*"), directory.glob("pytorch_model*")))
 
 
-def checkpoint_model(auto_model: type, source: str, adapt: Adapt, shard_on: torch.device | None = None) -> nn.Module:
-    """A checkpoint, which has to be whole; `shard_on`: where this process gets its part of each parameter."""
+def checkpoint_model(auto_model: type, source: str, adapt: Adapt, shard_on: DeviceMesh | None = None) -> nn.Module:
+    """A checkpoint, which has to be whole; `shard_on`: the processes that get a part of each parameter."""
     model, differences = _load(auto_model, source, "--checkpoint_dir", adapt, is_start=False, shard_on=shard_on)
     require_whole(model, differences, f"--checkpoint_dir {source}")
     return model
@@ -48,7 +49,7 @@ def start_model(
     adapt: Adapt,
     is_quiet: bool = False,
     revision: str | None = None,
-    shard_on: torch.device | None = None,
+    shard_on: DeviceMesh | None = None,
 ) -> tuple[nn.Module, list[str]]:
     """(weights to start training from, names of those that are new: the head's may be), which is said."""
     model, differences = _load(auto_model, source, flag, adapt, is_start=True, revision=revision, shard_on=shard_on)
@@ -65,7 +66,7 @@ def _load(
     adapt: Adapt,
     is_start: bool,
     revision: str | None = None,
-    shard_on: torch.device | None = None,
+    shard_on: DeviceMesh | None = None,
 ) -> tuple[nn.Module, Differences]:
     def load():
         config = AutoConfig.from_pretrained(source, revision=revision or DEFAULT_REVISION)

@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as checkpoint
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PretrainedConfig
 
 from influence_core.errors import UserError
@@ -20,9 +21,9 @@ from influence_core.tasks.weights import NO_WEIGHT, Differences
 
 
 def load_sharded_weights(
-    auto_model: type, source: str, config: PretrainedConfig, revision: str, device: torch.device
+    auto_model: type, source: str, config: PretrainedConfig, revision: str, mesh: DeviceMesh
 ) -> tuple[nn.Module, Differences]:
-    """As `load_weights`, this process's part of it, on the device; what is not stored is zero.
+    """As `load_weights`, this process's part of it, on its device; what is not stored is zero.
 
     Raises:
         UserError: there are no such files, or the model has no repeated blocks.
@@ -35,7 +36,8 @@ def load_sharded_weights(
     with init_empty_weights(include_buffers=False):
         model = auto_model.from_config(config, dtype=torch.float32)
     model.tie_weights()
-    shard_model(model.eval(), device)
+    shard_model(model.eval(), mesh)
+    device = torch.device(mesh.device_type)  # this process's
     buffers = {name: buffer.to(device) for name, buffer in model.named_buffers()}
     model.to_empty(device=device)
     with torch.no_grad():
