@@ -1,6 +1,7 @@
 """How this process was started: alone, or by torchrun as one of several."""
 
 import os
+import sys
 from dataclasses import dataclass
 
 from influence_core.errors import UserError
@@ -38,3 +39,12 @@ class Launch:
             said = ", ".join(f"{name}={value}" for name, value in given.items())
             raise UserError(f"{said} in the environment is nothing that torchrun sets: unset them to run one process")
         return cls(int(given["RANK"]), int(given["LOCAL_RANK"]), int(given["WORLD_SIZE"]))
+
+    @classmethod
+    def require_torchrun(cls, flag: str) -> None:
+        """Raise UserError where a flag that is for several processes was given to one."""
+        if cls.here() == cls() and "RANK" not in os.environ:
+            raise UserError(
+                f"{flag} works under torchrun only: torchrun --standalone --nproc-per-node=N "
+                f"{sys.argv[0]} {flag} …, or leave {flag} out for one process"
+            )

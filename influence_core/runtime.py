@@ -3,7 +3,6 @@
 import os
 import random
 import resource
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -66,11 +65,8 @@ class Runtime:
         if use_fsdp and use_compile:
             raise UserError("--use_compile is not for --use_fsdp: leave one of them out")
         flag, several = "--use_fsdp" if use_fsdp else "--use_ddp", use_ddp or use_fsdp
-        if several and launch == Launch() and "RANK" not in os.environ:
-            raise UserError(
-                f"{flag} works under torchrun only: torchrun --standalone --nproc-per-node=N "
-                f"{sys.argv[0]} {flag} …, or leave {flag} out for one process"
-            )
+        if several:
+            Launch.require_torchrun(flag)
         if not several and launch.world_size > 1:
             raise UserError(
                 "torchrun started several processes, each of which would do all of the work: add --use_ddp (or "

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 
 from influence_core.errors import UserError
 
@@ -52,6 +52,7 @@ def shard_model(model: nn.Module, mesh: DeviceMesh) -> None:
         fully_shard(unit if len(unit) > 1 else unit[0], mesh=mesh, reshard_after_forward=True)
     fully_shard(model, mesh=mesh)  # of no parameters: from where the passes begin
     model.__class__ = own_class(model)  # it is shown by that name
+    model._is_fsdp_managed_module = True  # to transformers: texts that processes generate end together
     # What a tracked layer hands on is one, and a model that changes it in place is given a copy (passes.py).
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
 
@@ -111,11 +112,19 @@ def own_class(module: nn.Module) -> type:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself, or gathered where it is sharded: then every process has to call this."""
+    """The tensor itself, or gathered where it is sharded: then every process has to call this.
+
+    A gradient that comes back is the processes' mean, as that of what a unit gathers.
+    """
     if not isinstance(tensor, DTensor):
         return tensor
     held = (_HELD.get() or {}).get(id(tensor))
-    return tensor.full_tensor() if held is None else held
+    if held is not None:
+        return held
+    gathered = tensor.full_tensor(grad_placements=[Partial()] * tensor.device_mesh.ndim)
+    if gathered.requires_grad:
+        gathered.register_hook(lambda gradient: gradient / tensor.device_mesh.size())
+    return gathered
 
 
 @contextmanager
@@ -132,6 +141,40 @@ def held_whole(tensors: Iterable[Tensor]) -> Iterator[None]:
 def local(tensor: Tensor) -> Tensor:
     """The numbers of a parameter that this process has: all, or its part of them, by the same memory."""
     return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def with_part(part: Tensor, like: Tensor) -> Tensor:
+    """A tensor of which this process has a part, sharded as another; or the part itself, where that one is whole."""
+    if not isinstance(like, DTensor):
+        return part
+    return DTensor.from_local(
+        part.to(like.to_local().device), like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+    )
+
+
+@contextmanager
+def unsharded(model: nn.Module, here: bool) -> Iterator[None]:
+    """Inside, the model has whole parameters in the CPU's memory, on those processes where `here`; all come by.
+
+    It is to be looked at and saved, not to be run.
+    """
+    gathered: dict[int, nn.Parameter] = {}
+    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if not isinstance(parameter, DTensor):
+                continue
+            if id(parameter) not in gathered:  # of tied ones once
+                tensor = parameter.detach().full_tensor()
+                gathered[id(parameter)] = nn.Parameter(tensor.cpu(), parameter.requires_grad) if here else parameter
+            replaced.append((module, name, parameter))
+    try:
+        for module, name, parameter in replaced:
+            module._parameters[name] = gathered[id(parameter)]
+        yield
+    finally:
+        for module, name, parameter in replaced:
+            module._parameters[name] = parameter
 
 
 def is_sharded(tensors: Iterable[Tensor]) -> bool:

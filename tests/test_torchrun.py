@@ -166,9 +166,10 @@ def test_a_process_that_dies_ends_the_job_and_a_rerun_goes_on(rank, how, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="no /proc to find the process in")
-def test_a_killed_training_of_two_processes_ends_in_the_same_bytes(tmp_path):
+@pytest.mark.parametrize("how", [[], ["--use_fsdp"]])
+def test_a_killed_training_of_two_processes_ends_in_the_same_bytes(how, tmp_path):
     """Each process draws its own dropout, and both share the order of the examples."""
-    flags = [*train_flags("wikitext_gpt2"), "--num_train", "400", "--num_train_epochs", "3", "--checkpoint_dir"]
+    flags = [*train_flags("wikitext_gpt2"), *how, "--num_train", "400", "--num_train_epochs", "3", "--checkpoint_dir"]
     command = [*TORCHRUN, "wikitext_gpt2/train.py", *flags]
     run_process([*command, tmp_path / "whole"]).ok()
     states = tmp_path / "killed" / ".training"
@@ -177,6 +178,25 @@ def test_a_killed_training_of_two_processes_ends_in_the_same_bytes(tmp_path):
     assert "Going on after epoch" in run_process([*command, tmp_path / "killed"]).ok()
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "killed")]
     assert weights[0] == weights[1] and not states.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_a_sharded_training_is_that_of_whole_models(example, tmp_path):
+    """The weights and the metrics of two processes that each have a whole model, but for rounding."""
+    flags = [*train_flags(example), "--save_at", "0.5", "--checkpoint_dir"]
+    printed = {
+        name: run_process([*TORCHRUN, f"{example}/train.py", *flags, tmp_path / name, *how]).ok()
+        for name, how in (("whole", []), ("sharded", ["--use_fsdp"]))
+    }
+    (step,) = (tmp_path / "whole").glob("step-*")
+    for place in ("", step.name):
+        whole, sharded = (load_file(tmp_path / name / place / "model.safetensors") for name in ("whole", "sharded"))
+        assert whole.keys() == sharded.keys()
+        largest = max(float(tensor.abs().max()) for tensor in whole.values())
+        assert max(float((whole[key] - sharded[key]).abs().max()) for key in whole) < 1e-3 * largest
+    metrics = [re.findall(r"[\d.e+-]+(?=,|$)", printed[name].split("Checkpoint:")[1], re.MULTILINE) for name in printed]
+    assert [float(value) for value in metrics[0]] == pytest.approx([float(value) for value in metrics[1]], rel=1e-2)
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """The one training loop, for train.py and for every retraining: AdamW at a fixed rate, in a seeded order."""
 
-import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -36,44 +35,6 @@ class Recipe:
         return self.num_train_epochs * math.ceil(num_examples / (self.train_batch_size * num_processes))
 
 
-class OneDevice:
-    """What `fit` and `evaluate` ask of accelerate's Accelerator, for a process that trains a model of its own.
-
-    Under torchrun an Accelerator would join all processes to train one model; retrainings are one process's each.
-    """
-
-    process_index, num_processes, is_main_process = 0, 1, True
-
-    def __init__(self, device: torch.device, use_half_precision: bool):
-        self.device, self.use_half_precision = device, use_half_precision
-
-    def prepare(self, model, optimizer, loader):
-        return model.to(self.device), optimizer, _OnDevice(loader, self.device)
-
-    def autocast(self):
-        half = self.use_half_precision
-        return torch.autocast(self.device.type, torch.bfloat16) if half else contextlib.nullcontext()
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
-
-    def unwrap_model(self, model: nn.Module) -> nn.Module:
-        return model
-
-    def reduce(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-
-@dataclass
-class _OnDevice:
-    loader: DataLoader
-    device: torch.device
-
-    def __iter__(self):
-        for batch in self.loader:
-            yield {key: value.to(self.device) for key, value in batch.items()}
-
-
 def fit(
     task: ExampleTask,
     model: nn.Module,
@@ -85,7 +46,7 @@ def fit(
     after_step: Callable[[int, nn.Module], None] = lambda step, model: None,
     state: TrainingState | None = None,
 ) -> nn.Module:
-    """Train the model; returns it as `accelerator` (an Accelerator or OneDevice) wrapped it.
+    """Train the model; returns it as `accelerator` (see accelerators.py) wrapped it.
 
     Args:
         seed: of the order of the examples; that of dropout is torch's own generator.
@@ -95,11 +56,12 @@ def fit(
     Raises:
         UserError: the loss is NaN or infinite.
     """
+    model = accelerator.prepare_model(model)  # sharded, it has other parameters from here on
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, recipe.learning_rate, weight_decay=recipe.weight_decay)
     generator = torch.Generator().manual_seed(seed)
     loader = DataLoader(dataset, recipe.train_batch_size, shuffle=True, generator=generator, collate_fn=task.collate)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    optimizer, loader = accelerator.prepare(optimizer, loader)
     model.train()
     bar = bar or Progress()
     total = recipe.num_steps(len(dataset), accelerator.num_processes)
@@ -146,11 +108,14 @@ def evaluate(
     """What `task.evaluation_values` says of every example: {name: [examples] float64 on the CPU}.
 
     With `generate`, also what `task.generation_values` says.
-    Each example is evaluated once, however many processes there are, and every process gets all values.
+    Each example counts once, however many processes there are, and every process gets all values. All run as many
+    batches, as sharded parameters want it; what fills up the last is the first example again.
     """
     model = accelerator.unwrap_model(model).eval()
     share = range(accelerator.process_index, len(dataset), accelerator.num_processes)
-    loader = DataLoader([dataset[index] for index in share] or [dataset[0]], batch_size, collate_fn=task.collate)
+    number = math.ceil(len(dataset) / accelerator.num_processes)
+    examples = [dataset[index] for index in (*share, *[0] * (number - len(share)))]
+    loader = DataLoader(examples, batch_size, collate_fn=task.collate)
     parts: dict[str, list[Tensor]] = {}
     is_shown = show_progress and accelerator.is_main_process
     with progress(len(loader), "Evaluate", unit="batch", leave=False, is_shown=is_shown) as bar:
@@ -166,6 +131,6 @@ def evaluate(
     for name, values in parts.items():
         whole = torch.zeros(len(dataset), dtype=torch.float64, device=accelerator.device)
         if share:
-            whole[share.start :: share.step] = torch.cat(values).double()
+            whole[share.start :: share.step] = torch.cat(values)[: len(share)].double()
         gathered[name] = accelerator.reduce(whole).cpu()
     return gathered

@@ -112,15 +112,19 @@ def _add_analyze_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--use_compile", action="store_true", help="torch.compile what the model does between its "
                         "tracked layers: for long analyses on a GPU")  # fmt: skip
     parser.add_argument("--use_ddp", action="store_true", help="several processes; launch with torchrun")
-    parser.add_argument("--use_fsdp", action="store_true", help="several processes, each with its part of the model's "
-                        "parameters, for models that one does not hold; launch with torchrun")  # fmt: skip
-    parser.add_argument("--fsdp_shards", type=int, metavar="N", help="of --use_fsdp: processes that have a whole model "
-                        "together, such as those of a node (default: all)")  # fmt: skip
+    _add_sharding_arguments(parser)
     parser.add_argument("--progress_interval", type=float, metavar="SECONDS", help="between two notes of progress, "
                         "from which a killed run goes on")  # fmt: skip
     _add_looking_arguments(parser)
     parser.add_argument("--show_queries", type=int, help="show so many queries with their most influential "
                         "sequence; of your own, 20 by default")  # fmt: skip
+
+
+def _add_sharding_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--use_fsdp", action="store_true", help="several processes, each with its part of the model's "
+                        "parameters, for models that one does not hold; launch with torchrun")  # fmt: skip
+    parser.add_argument("--fsdp_shards", type=int, metavar="N", help="of --use_fsdp: processes that have a whole model "
+                        "together, such as those of a node (default: all)")  # fmt: skip
 
 
 def _add_looking_arguments(parser: argparse.ArgumentParser) -> None:
@@ -185,7 +189,8 @@ def _add_half_precision_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 SCRIPTS = {
-    "train": [_add_pass_arguments, _add_recipe_arguments, _add_saving_arguments, _add_writer_arguments],
+    "train": [_add_pass_arguments, _add_recipe_arguments, _add_saving_arguments, _add_sharding_arguments,
+              _add_writer_arguments],
     "analyze": [_add_result_arguments, _add_query_arguments, _add_pass_arguments, _add_analyze_arguments,
                 _add_writer_arguments],
     "report": [_add_result_arguments, _add_report_arguments],

@@ -24,7 +24,10 @@ from influence_core.files import (
     remove_leftovers,
     write_sealed_tensors,
 )
+from influence_core.sharding import is_sharded, local, with_part
 from influence_core.storage import differences
+
+MODEL = "model"  # of names: its tensors
 
 
 class TrainingState:
@@ -47,11 +50,15 @@ class TrainingState:
             return
         record = {"identity": self.identity, "epoch": epoch}
         try:
+            shared, own = {"order": order.get_state()}, _generators()
+            parts = own if is_sharded(model.parameters()) else shared  # of sharded parameters each process has its own
+            if self.rank == 0 or parts is own:
+                weights = {name: local(tensor) for name, tensor in model.state_dict().items()}
+                parts |= {f"{MODEL}.{name}": tensor for name, tensor in _unlike(weights).items()}
+                parts |= _optimizer_tensors(optimizer)
             if self.rank == 0:
-                tensors = {f"model.{name}": tensor for name, tensor in _unlike(model.state_dict()).items()}
-                tensors |= {"order": order.get_state()} | _optimizer_tensors(optimizer)
-                write_sealed_tensors(self._path(epoch), tensors, record)
-            write_sealed_tensors(self._path(epoch, self.rank), _generators(), record)
+                write_sealed_tensors(self._path(epoch), shared, record)
+            write_sealed_tensors(self._path(epoch, self.rank), own, record)
         except UserError as error:
             self.is_kept = False
             print(f"Note: {error}: the training goes on, but could not be gone on with if it were killed", flush=True)
@@ -71,7 +78,10 @@ class TrainingState:
         for epoch in self._epochs():
             try:
                 record, tensors = read_sealed_tensors(self._path(epoch))
-                parts = [read_sealed_tensors(self._path(epoch, rank)) for rank in range(self.world_size)]
+                parts = []
+                for rank in range(self.world_size):  # all, so that every process goes on from the same epoch
+                    of_rank, own = read_sealed_tensors(self._path(epoch, rank))
+                    parts.append((of_rank, own if rank == self.rank else {}))
             except (OSError, Damaged) as reason:
                 self._say(
                     f"Note: the state in {self._path(epoch)} is damaged or not whole ({reason}): not gone on from it"
@@ -81,11 +91,14 @@ class TrainingState:
             if differing or any(part["identity"] != record["identity"] for part, _ in parts):
                 others = differing
                 continue
-            model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in tensors.items()
-                                   if name.startswith("model.")}, strict=False)  # fmt: skip
+            tensors |= parts[self.rank][1]
+            with torch.no_grad():
+                for name, value in model.state_dict().items():
+                    if (stored := tensors.get(f"{MODEL}.{name}")) is not None:
+                        local(value).copy_(stored)
             _restore_optimizer(optimizer, tensors)
             order.set_state(tensors["order"])
-            _restore_generators(parts[self.rank][1])
+            _restore_generators(tensors)
             return epoch
         if others:
             self._say(f"Note: the training in {self.directory.parent} that did not end was another: {others}; this one "
@@ -126,7 +139,7 @@ def _unlike(tensors: Mapping[str, Tensor]) -> Tensors:
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
     """{"optimizer.NUMBER.NAME": tensor} of the state of each parameter."""
     return {
-        f"optimizer.{number}.{name}": torch.as_tensor(value)
+        f"optimizer.{number}.{name}": local(torch.as_tensor(value))
         for number, state in optimizer.state_dict()["state"].items()
         for name, value in state.items()
     }
@@ -134,10 +147,12 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
 
 def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
     state: dict[int, Tensors] = {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, tensor in tensors.items():
         if key.startswith("optimizer."):
             _, number, name = key.split(".", 2)
-            state.setdefault(int(number), {})[name] = tensor
+            like = parameters[int(number)] if tensor.dim() else tensor  # a number of steps is no part of anything
+            state.setdefault(int(number), {})[name] = with_part(tensor, like)
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 

@@ -10,10 +10,11 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from influence_core.errors import UserError
+from influence_core.experiments.accelerators import OneDevice
 from influence_core.experiments.arguments import check_size
 from influence_core.experiments.bank import Retraining, RetrainingBank
 from influence_core.experiments.checkpoints import not_left_empty, read_training_record, require_checkpoint
-from influence_core.experiments.fitting import OneDevice, Recipe, evaluate, fit
+from influence_core.experiments.fitting import Recipe, evaluate, fit
 from influence_core.experiments.flags import RECIPE_FLAGS
 from influence_core.experiments.stored_results import StoredResults
 from influence_core.files import require_writable

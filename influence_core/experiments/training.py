@@ -3,16 +3,16 @@
 import gc
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, set_seed
+from accelerate.utils import set_seed
 
 from influence_core.errors import UserError
+from influence_core.experiments.accelerators import accelerator_of
 from influence_core.experiments.arguments import check_size, parse
 from influence_core.experiments.checkpoints import (
     DATA,
@@ -44,7 +44,7 @@ from influence_core.fingerprints import dataset_fingerprint, model_fingerprint
 from influence_core.launch import Launch
 from influence_core.locks import only_writer
 from influence_core.progress import progress
-from influence_core.runtime import LONGEST_WAIT
+from influence_core.sharding import local, unsharded
 from influence_core.tasks.example import ExampleTask, is_main_process
 
 
@@ -70,12 +70,7 @@ def _run(task_class: type[ExampleTask], arguments) -> None:
                 print(f"{found}; --overwrite trains again")
                 _tidy(checkpoint_dir)
             return
-        accelerator = Accelerator(
-            mixed_precision="bf16" if arguments.use_half_precision else "no",
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
-            # Told so, or without a GPU it would not see the other processes, and each would train by itself.
-            cpu="LOCAL_RANK" in os.environ and not torch.cuda.is_available(),
-        )
+        accelerator = accelerator_of(arguments)
         if accelerator.is_main_process:
             require_writable(checkpoint_dir)
             remove_leftovers(checkpoint_dir)
@@ -115,8 +110,9 @@ def _train(task: ExampleTask, arguments, record: dict[str, Any], accelerator: Ac
 
     def save(directory: Path, model: torch.nn.Module, more: dict[str, Any]) -> None:
         _require_finite(task, model, splits["train"][: recipe.train_batch_size], accelerator)
-        if accelerator.is_main_process:
-            save_checkpoint(directory, task, model, record | more)
+        with unsharded(model, here=accelerator.is_main_process):
+            if accelerator.is_main_process:
+                save_checkpoint(directory, task, model, record | more)
 
     def after_step(step: int, model: torch.nn.Module) -> None:
         if any(step == at for _, at in saved):
@@ -129,6 +125,8 @@ def _train(task: ExampleTask, arguments, record: dict[str, Any], accelerator: Ac
     state = None
     if arguments.resume is not False:
         identity = json.loads(json.dumps(record | {"initial_model": model_fingerprint(model)}))
+        if arguments.use_fsdp:
+            identity["sharded"] = arguments.fsdp_shards or accelerator.num_processes
         state = TrainingState(checkpoint_dir / STATE, identity, accelerator.process_index, accelerator.num_processes)
     with progress(num_steps, "Train", unit="step", is_shown=accelerator.is_main_process) as bar:
         model = fit(task, model, splits["train"], recipe, arguments.seed, accelerator, bar, after_step, state)
@@ -189,7 +187,7 @@ def _let_go_of_wrappers(accelerator: Accelerator) -> None:
 @torch.no_grad()
 def _require_finite(task: ExampleTask, model: torch.nn.Module, examples: Sequence[Any], accelerator) -> None:
     """Raise UserError if the model is not worth keeping: the last step's loss was that of the model before it."""
-    broken = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+    broken = [name for name, parameter in model.named_parameters() if not local(parameter).isfinite().all()]
     if broken:
         raise UserError(f"training diverged: {broken[0]} is not finite, nothing was saved; lower --learning_rate")
     batch = {key: value.to(accelerator.device) for key, value in task.collate(examples).items()}

@@ -4,7 +4,8 @@ from unittest.mock import patch
 
 import torch
 
-from influence_core.experiments.fitting import OneDevice, evaluate
+from influence_core.experiments.accelerators import OneDevice
+from influence_core.experiments.fitting import evaluate
 from influence_core.tasks.language_model import LanguageModelTask
 from tests.benchmarks.roofline.analysis import Size, beginning, make_task, modelled, once_by_shapes
 from tests.benchmarks.roofline.cards import Card

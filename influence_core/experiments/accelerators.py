@@ -1,0 +1,86 @@
+"""What a training asks of accelerate: all processes for one model, whole or sharded; or one process by itself."""
+
+import contextlib
+import os
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from influence_core.launch import Launch
+from influence_core.runtime import LONGEST_WAIT
+from influence_core.sharding import process_mesh, shard_model
+
+
+def accelerator_of(arguments) -> Accelerator:
+    """By the flags of train.py, for all processes that torchrun started.
+
+    Raises:
+        UserError: --use_fsdp outside torchrun, or a number of shards that does not divide the processes.
+    """
+    if arguments.use_fsdp:
+        Launch.require_torchrun("--use_fsdp")
+    accelerator = (_Sharding if arguments.use_fsdp and Launch.here().world_size > 1 else Accelerator)(
+        mixed_precision="bf16" if arguments.use_half_precision else "no",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
+        # Told so, or without a GPU it would not see the other processes, and each would train by itself.
+        cpu="LOCAL_RANK" in os.environ and not torch.cuda.is_available(),
+    )
+    if isinstance(accelerator, _Sharding):
+        accelerator.mesh = process_mesh(accelerator.device.type, arguments.fsdp_shards)
+    return accelerator
+
+
+class _Sharding(Accelerator):
+    """Leaves each process its part of a model, by the very sharding of the analysis.
+
+    accelerate's own takes GPUs only, and cuts a model elsewhere; data, precision and optimizer stay accelerate's.
+    """
+
+    def prepare_model(self, model, *_, **__):
+        shard_model(model, self.mesh)
+        return model
+
+
+class OneDevice:
+    """What `fit` and `evaluate` ask of accelerate's Accelerator, for a process that trains a model of its own.
+
+    Under torchrun an Accelerator would join all processes to train one model; retrainings are one process's each.
+    """
+
+    process_index, num_processes, is_main_process = 0, 1, True
+
+    def __init__(self, device: torch.device, use_half_precision: bool):
+        self.device, self.use_half_precision = device, use_half_precision
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        return model.to(self.device)
+
+    def prepare(self, optimizer, loader):
+        return optimizer, _OnDevice(loader, self.device)
+
+    def autocast(self):
+        half = self.use_half_precision
+        return torch.autocast(self.device.type, torch.bfloat16) if half else contextlib.nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def unwrap_model(self, model: nn.Module) -> nn.Module:
+        return model
+
+    def reduce(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+@dataclass
+class _OnDevice:
+    loader: DataLoader
+    device: torch.device
+
+    def __iter__(self):
+        for batch in self.loader:
+            yield {key: value.to(self.device) for key, value in batch.items()}
