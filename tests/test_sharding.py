@@ -268,35 +268,47 @@ def test_each_process_loads_its_part_of_a_checkpoint(tmp_path):
             assert held < 0.6 * size
 
 
+ADAPTED = {  # name: (task, auto model, config, changes, of the adapter)
+    "Llama": (RandomCausal, hf.AutoModelForCausalLM, CAUSAL["Llama"], {}, {"target_modules": ["q_proj", "up_proj"]}),
+    "RoBERTa": (RandomClasses, hf.AutoModelForSequenceClassification, ENCODERS["RoBERTa"], CLASSES,
+                {"target_modules": ["query", "value"], "modules_to_save": ["classifier"]}),
+}  # fmt: skip
+
+
 def adapted_scores(directory, runtime):
-    task, sharded = RandomCausal(), runtime.world_size > 1
+    """{base model: (names of tracked layers, scores, fingerprint)}"""
+    sharded, found = runtime.world_size > 1, {}
     runtime = Runtime(seed=SEED, rank=runtime.rank, world_size=runtime.world_size, sharded=sharded)
-    model = adapted_model(
-        hf.AutoModelForCausalLM, str(directory / "adapter"), None, None, lambda *_: None, False,
-        process_mesh("cpu") if sharded else None,
-    ).eval()  # fmt: skip
-    study = Study(task, model, task.load_dataset("train"), directory / str(runtime.world_size), runtime)
-    names = [layer.name for layer in study.layers]
-    scores = analyze(study, ["ekfac"], task.load_dataset("validation"), damping=DAMPING, **SIZES)
-    return names, scores["ekfac"], model_fingerprint(model)
+    mesh = process_mesh("cpu") if sharded else None
+    for name, (make_task, auto_model, *_) in ADAPTED.items():
+        place = str(directory / name / "adapter")
+        model = adapted_model(auto_model, place, None, None, lambda *_: None, False, mesh).eval()
+        if sharded and not is_sharded(model.parameters()):
+            shard_model(model, mesh)
+        task = make_task()
+        study = Study(task, model, task.load_dataset("train"), directory / f"{name} {runtime.world_size}", runtime)
+        names = [layer.name for layer in study.layers]
+        scores = analyze(study, ["ekfac"], task.load_dataset("validation"), damping=DAMPING, **SIZES)
+        found[name] = names, scores["ekfac"], model_fingerprint(model)
+    return found
 
 
 @pytest.mark.slow
 def test_an_adapter_of_a_sharded_model(tmp_path):
     """LoRA on a base model of which each process has a part: tracked alike, equal scores within float32's rounding."""
     torch.manual_seed(2)
-    base = make_model(hf.AutoModelForCausalLM, CAUSAL["Llama"]).float()
-    base.save_pretrained(tmp_path / "base")
-    base = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    adapter = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
-    for name, parameter in adapter.named_parameters():
-        if "lora" in name:
+    for name, (_, auto_model, config, changes, of_adapter) in ADAPTED.items():
+        make_model(auto_model, config, **changes).float().save_pretrained(tmp_path / name / "base")
+        base = auto_model.from_pretrained(tmp_path / name / "base")
+        adapter = peft.get_peft_model(base, peft.LoraConfig(r=2, **of_adapter))
+        for parameter in (parameter for key, parameter in adapter.named_parameters() if "lora" in key):
             nn.init.normal_(parameter)
-    adapter.save_pretrained(tmp_path / "adapter")
-    names, expected, fingerprint = adapted_scores(tmp_path, Runtime())
+        adapter.save_pretrained(tmp_path / name / "adapter")
+    expected = adapted_scores(tmp_path, Runtime())
     for found in run_processes(adapted_scores, 2, tmp_path):
-        assert (found[0], found[2]) == (names, fingerprint)
-        assert relative_error(found[1], expected) < 1e-4
+        for name, (names, scores, fingerprint) in expected.items():
+            assert (found[name][0], found[name][2]) == (names, fingerprint)
+            assert relative_error(found[name][1], scores) < 1e-4
 
 
 def test_units_are_blocks_and_what_lies_outside():

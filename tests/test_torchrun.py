@@ -195,7 +195,9 @@ def test_a_sharded_training_is_that_of_whole_models(example, tmp_path):
         assert whole.keys() == sharded.keys()
         largest = max(float(tensor.abs().max()) for tensor in whole.values())
         assert max(float((whole[key] - sharded[key]).abs().max()) for key in whole) < 1e-3 * largest
-    metrics = [re.findall(r"[\d.e+-]+(?=,|$)", printed[name].split("Checkpoint:")[1], re.MULTILINE) for name in printed]
+    metrics = [
+        re.findall(r" (\d[\d.e+-]*)(?=,|$)", printed[name].split("Checkpoint:")[1], re.MULTILINE) for name in printed
+    ]
     assert [float(value) for value in metrics[0]] == pytest.approx([float(value) for value in metrics[1]], rel=1e-2)
 
 

@@ -94,7 +94,8 @@ def adapted_model(
     Args:
         model_source: another place of the base model, where it is no longer at its own.
         lora: what flags say of the adapter.
-        shard_on: the processes that get a part of each parameter of the base model; the adapter is whole.
+        shard_on: the processes that get a part of each parameter of the base model, unless modules were trained
+            in full beside it; the adapter is whole.
     Raises:
         UserError: it is of another kind than LoRA, is not whole, or not what the flags say; its base model can't be
             had, or is another now.
@@ -114,11 +115,8 @@ def adapted_model(
         raise UserError(
             f"the base model of the adapter in {directory} is not in {base}: name where it is with {MODEL_FLAG}"
         )
-    if shard_on is not None and config.modules_to_save:
-        raise UserError(
-            f"the adapter in {directory} has modules that were trained in full ({', '.join(config.modules_to_save)}), "
-            "which --use_fsdp can't take: leave --use_fsdp out"
-        )
+    if config.modules_to_save:  # copies of modules, which can't be made of parts: who loads it shards it whole
+        shard_on = None
     model, new_weights = start_model(auto_model, base, what, adapt, True, revision, shard_on)
     untrained = [name for name in _modules_of(new_weights) if not _is_within(name, config.modules_to_save or ())]
     if untrained:
