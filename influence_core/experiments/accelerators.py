@@ -12,11 +12,11 @@ from torch.utils.data import DataLoader
 
 from influence_core.launch import Launch
 from influence_core.runtime import LONGEST_WAIT
-from influence_core.sharding import process_mesh, shard_model
+from influence_core.sharding import is_sharded, process_mesh, shard_model
 
 
 def accelerator_of(arguments) -> Accelerator:
-    """By the flags of train.py, for all processes that torchrun started.
+    """By a script's flags, for all processes that torchrun started.
 
     Raises:
         UserError: --use_fsdp outside torchrun, or a number of shards that does not divide the processes.
@@ -41,7 +41,8 @@ class _Sharding(Accelerator):
     """
 
     def prepare_model(self, model, *_, **__):
-        shard_model(model, self.mesh)
+        if not is_sharded(model.parameters()):
+            shard_model(model, self.mesh)
         return model
 
 
@@ -74,6 +75,12 @@ class OneDevice:
 
     def reduce(self, tensor: Tensor) -> Tensor:
         return tensor
+
+    def free_memory(self) -> None:
+        """There is nothing that it keeps."""
+
+    def end_training(self) -> None:
+        """There is no group to leave."""
 
 
 @dataclass

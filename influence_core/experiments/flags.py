@@ -195,9 +195,10 @@ SCRIPTS = {
                 _add_writer_arguments],
     "report": [_add_result_arguments, _add_report_arguments],
     "evaluate_lds": [_add_result_arguments, _add_retraining_arguments, _add_lds_arguments, _add_figure_arguments,
-                     _add_pass_arguments, _add_recipe_arguments],
+                     _add_pass_arguments, _add_recipe_arguments, _add_sharding_arguments],
     "run_counterfactual": [_add_result_arguments, _add_retraining_arguments, _add_counterfactual_arguments,
-                           _add_figure_arguments, _add_pass_arguments, _add_recipe_arguments],
+                           _add_figure_arguments, _add_pass_arguments, _add_recipe_arguments,
+                           _add_sharding_arguments],
     "half_precision_analysis": [_add_result_arguments, _add_half_precision_arguments, _add_figure_arguments],
 }  # fmt: skip
 

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate.utils import set_seed
 from torch import Tensor
 
 from influence_core.errors import UserError
-from influence_core.experiments.accelerators import OneDevice
+from influence_core.experiments.accelerators import OneDevice, accelerator_of
 from influence_core.experiments.arguments import check_size
 from influence_core.experiments.bank import Retraining, RetrainingBank
 from influence_core.experiments.checkpoints import not_left_empty, read_training_record, require_checkpoint
@@ -20,6 +21,7 @@ from influence_core.experiments.stored_results import StoredResults
 from influence_core.files import require_writable
 from influence_core.fingerprints import dataset_fingerprint, model_fingerprint
 from influence_core.launch import Launch
+from influence_core.sharding import local
 from influence_core.storage import differences
 from influence_core.tasks.example import ExampleTask
 
@@ -27,7 +29,8 @@ from influence_core.tasks.example import ExampleTask
 class Experiment(StoredResults):
     """Stored results, and the bank of retrainings that a script's flags name.
 
-    Under torchrun every process makes its own retrainings; they meet in the bank alone, without a process group.
+    Under torchrun every process makes its own retrainings; they meet in the bank alone, without a process group. With
+    --use_fsdp all make each of them together: the first takes it from the bank and tells the others.
     """
 
     def __init__(self, task_class: type[ExampleTask], arguments):
@@ -71,7 +74,12 @@ class Experiment(StoredResults):
         retrainer = Retrainer(self.task, self.arguments, self.train_dataset, self.query_dataset)
         directory = Path(self.arguments.bank_dir or self.output_dir / "retrainings")
         bank = RetrainingBank(directory, retrainer.settings)
-        bank.complete(retrainings, retrainer, self.rank, self.world_size)
+        if self.arguments.use_fsdp:
+            if self.is_main:
+                bank.complete(retrainings, retrainer.lead)
+            retrainer.follow()
+        else:
+            bank.complete(retrainings, retrainer, self.rank, self.world_size)
         return [bank.load(each) for each in retrainings]
 
 
@@ -91,11 +99,17 @@ class Retrainer:
             self.recipe = replace(self.recipe, train_batch_size=self.recipe.train_batch_size * num_processes)
         self.eval_batch_size = arguments.eval_batch_size
         check_size(arguments, "train_batch_size", len(train_dataset), "training set")
-        device = torch.device("cuda", Launch.here().local_rank) if torch.cuda.is_available() else torch.device("cpu")
-        self.one_device = OneDevice(device, self.recipe.use_half_precision)
+        self.accelerator = accelerator_of(arguments) if arguments.use_fsdp else _one_device(self.recipe)
+        batch_size, num_processes = self.recipe.train_batch_size, self.accelerator.num_processes
+        if batch_size % num_processes:
+            raise UserError(
+                f"a step of {batch_size} examples can't be shared out to {num_processes} processes of --use_fsdp: give "
+                "a --train_batch_size that can, or another number of processes"
+            )
+        self.recipe = replace(self.recipe, train_batch_size=batch_size // num_processes)
         set_seed(record.get("seed", arguments.seed))
-        self.model = task.load_model(None).to(device)
-        self.initial = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.model = self.accelerator.prepare_model(task.load_model(None))
+        self.initial = {name: local(value).clone() for name, value in self.model.state_dict().items()}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -107,16 +121,42 @@ class Retrainer:
             "query_dataset": dataset_fingerprint(self.query_dataset),
             "frozen_parameters": self.task.frozen_parameters,
             **asdict(self.recipe),
+            "train_batch_size": self.recipe.train_batch_size * self.accelerator.num_processes,
         }
+
+    def lead(self, retraining: Retraining) -> dict[str, Tensor]:
+        """As a call, by all processes: the others wait in `follow`."""
+        if dist.is_initialized():
+            dist.broadcast_object_list([retraining])
+        return self(retraining)
+
+    def follow(self) -> None:
+        """Take part in what the first process leads, until it comes here too."""
+        while dist.is_initialized():
+            received = [None]
+            dist.broadcast_object_list(received)
+            if received == [None]:
+                break
+            self(received[0])
+        self.accelerator.end_training()
 
     def __call__(self, retraining: Retraining) -> dict[str, Tensor]:
         subset = [self.train_dataset[index] for index in retraining.indices]
         if not subset:
             raise UserError("a retraining would have no training example left: remove fewer")
-        self.model.load_state_dict(self.initial)
+        with torch.no_grad():
+            for name, value in self.model.state_dict().items():
+                local(value).copy_(self.initial[name])
         set_seed(retraining.seed)
-        model = fit(self.task, self.model, subset, self.recipe, retraining.seed, self.one_device)
-        values = evaluate(self.task, model, self.query_dataset, self.eval_batch_size, self.one_device, generate=True)
+        model = fit(self.task, self.model, subset, self.recipe, retraining.seed, self.accelerator)
+        values = evaluate(self.task, model, self.query_dataset, self.eval_batch_size, self.accelerator, generate=True)
+        self.accelerator.free_memory()
         if not all(bool(value.isfinite().all()) for value in values.values()):
             raise UserError("the queries' measurements after a retraining are not finite: lower --learning_rate")
         return values
+
+
+def _one_device(recipe: Recipe) -> OneDevice:
+    """This process's own."""
+    device = torch.device("cuda", Launch.here().local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    return OneDevice(device, recipe.use_half_precision)
