@@ -1,11 +1,15 @@
 """The core on the pretended device: planted mistakes are caught, collectives fit NCCL, memory that runs out is met."""
 
+import pickle
+import threading
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_leaves
 
+from influence_core import exchange as exchanging
 from influence_core import labels
 from influence_core.captured import Positions
 from influence_core.factors import lambdas, preconditioners
@@ -92,6 +96,66 @@ def test_collectives_get_what_nccl_takes(tmp_path, monkeypatch):
     monkeypatch.setattr(dist, "barrier", lambda: None)
     score(cuda_study(tmp_path, half=True, rank=0, world_size=2))
     assert seen == {torch.float32, torch.bfloat16, torch.int64}
+
+
+class TwoProcesses:
+    """torch.distributed as `exchange` uses it, for two threads; what NCCL would not take is refused."""
+
+    def __init__(self):
+        self.of_thread, self.given, self.barrier = threading.local(), [None, None], threading.Barrier(2, timeout=60)
+
+    def get_rank(self):
+        return self.of_thread.rank
+
+    def _given_by_both(self, value):
+        self.given[self.get_rank()] = value
+        self.barrier.wait()
+        both = list(self.given)
+        self.barrier.wait()
+        return both
+
+    def all_gather_object(self, objects, value):
+        objects[:] = self._given_by_both(pickle.dumps(value))
+        objects[:] = map(pickle.loads, objects)  # a tensor would be of no use to another process
+        assert not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(objects))
+
+    def all_to_all_single(self, received, sent, received_sizes, sent_sizes):
+        for tensor, sizes in ((received, received_sizes), (sent, sent_sizes)):
+            assert tensor.is_cuda and tensor.is_contiguous() and tensor.dtype in NCCL_DTYPES
+            assert sum(sizes) == len(tensor)
+        blocks = [block.split(sizes)[self.get_rank()] for block, sizes in self._given_by_both((sent, sent_sizes))]
+        for into, block in zip(received.split(received_sizes), blocks, strict=True):
+            into.copy_(block)
+        self.barrier.wait()
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
+def test_what_is_captured_reaches_the_owners_of_layers(half, tmp_path, monkeypatch):
+    """Of sharded parameters: by collectives that NCCL takes, on the device, the very numbers; also where one has no batch."""
+    study = cuda_study(tmp_path, half=half)
+    with study.gradient_pass(study.task.train_loss) as run:
+        captured = [of_batch for _, of_batch in study.captures(run, study.train_dataset, list(range(6)), 3, "loss")]
+    processes, results = TwoProcesses(), {}
+    monkeypatch.setattr(exchanging, "dist", processes)
+    shares = [[layer.name for layer in share] for share in exchanging.share_out(study.layers, 2)]
+
+    def work(rank, has_batch):
+        processes.of_thread.rank = rank
+        results[rank] = exchanging.exchange(dict(captured[rank]) if has_batch else {}, shares, torch.device("cuda"))
+
+    for has_batches in ((True, True), (True, False)):
+        threads = [threading.Thread(target=work, args=each) for each in enumerate(has_batches)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for owner, share in enumerate(shares):
+            for source, of_source in enumerate(results.pop(owner)):
+                assert of_source.keys() == (set(share) if has_batches[source] else set())
+                for name, seen in of_source.items():
+                    for field in ("activations", "output_gradients"):
+                        ours, theirs = getattr(seen, field), getattr(captured[source][name], field)
+                        assert ours.is_cuda and ours.dtype == theirs.dtype and torch.equal(ours.cpu(), theirs.cpu())
 
 
 def test_a_batch_that_finds_too_little_memory_is_halved(tmp_path, capsys):
