@@ -3,6 +3,7 @@
 import contextlib
 import sys
 import time
+from collections.abc import Callable
 
 from tqdm import tqdm
 
@@ -121,3 +122,20 @@ class _Lines(Progress):
         )
         with contextlib.suppress(OSError, ValueError):  # nobody reads it: no reason to end the work
             print(line, file=sys.stderr, flush=True)
+
+
+class ProgressClock:
+    """Says when it is time to note progress again: so seldom that noting takes no more than a hundredth of the time."""
+
+    def __init__(self, interval: float):
+        self.interval, self.last = interval, time.monotonic()
+
+    def is_due(self) -> bool:
+        return time.monotonic() - self.last >= self.interval
+
+    def keep(self, save: Callable[[], None]) -> None:
+        """Note the progress."""
+        start = time.monotonic()
+        save()
+        self.last = time.monotonic()
+        self.interval = max(self.interval, 100 * (self.last - start) * (self.interval > 1))

@@ -1,6 +1,5 @@
 """One study: a model, its training set, and the directory where its factors and scores lie."""
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from influence_core.memory import is_out_of_memory, release_cached_memory
 from influence_core.passes import GradientPass, LossFunction
 from influence_core.precision import Precision
 from influence_core.profiler import Profiler
+from influence_core.progress import ProgressClock
 from influence_core.runtime import Runtime
 from influence_core.storage import StageStore
 from influence_core.task import Batch, InfluenceTask
@@ -294,22 +294,5 @@ class Study:
         except UserError:
             return False
 
-    def progress_clock(self) -> "ProgressClock":
+    def progress_clock(self) -> ProgressClock:
         return ProgressClock(self.progress_interval)
-
-
-class ProgressClock:
-    """Says when it is time to note progress again: so seldom that noting takes no more than a hundredth of the time."""
-
-    def __init__(self, interval: float):
-        self.interval, self.last = interval, time.monotonic()
-
-    def is_due(self) -> bool:
-        return time.monotonic() - self.last >= self.interval
-
-    def keep(self, save: Callable[[], None]) -> None:
-        """Note the progress."""
-        start = time.monotonic()
-        save()
-        self.last = time.monotonic()
-        self.interval = max(self.interval, 100 * (self.last - start) * (self.interval > 1))

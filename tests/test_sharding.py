@@ -5,26 +5,22 @@ A job runs in real processes that join a group, each with its part of every para
 
 from dataclasses import replace
 
-import peft
 import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file
-from torch import nn
 
 from influence_core import analysis
 from influence_core.analysis import analyze, explain
 from influence_core.errors import UserError
 from influence_core.exchange import rounds, share_out
-from influence_core.fingerprints import model_fingerprint
 from influence_core.layers import find_tracked_layers, trackable_layer_names
 from influence_core.precision import Precision
 from influence_core.runtime import Runtime
 from influence_core.scores import cost
 from influence_core.scores.parts import shown_pairs
-from influence_core.sharding import is_sharded, local, process_mesh, shard_model, sharded_units, whole
+from influence_core.sharding import is_sharded, local, process_mesh, shard_model
 from influence_core.study import Study
-from influence_core.tasks.adapters import adapted_model
 from influence_core.tasks.models import checkpoint_model
 from tests.models import CAUSAL, ENCODER_DECODERS, ENCODERS, RandomCausal, RandomClasses, RandomPairs, make_model
 from tests.studies import STRATEGIES
@@ -218,108 +214,6 @@ def test_a_stopped_job_goes_on_though_its_processes_had_done_unequal_parts(tmp_p
         for number, (losses, scores) in enumerate(others, 1):
             assert torch.equal(scores, expected), number
             assert losses == whole_losses + (number in (1, 3)), number
-
-
-ARCHITECTURES = {
-    "GPT-2": (hf.AutoModelForCausalLM, CAUSAL["GPT-2"]),
-    "T5": (hf.AutoModelForSeq2SeqLM, ENCODER_DECODERS["T5"]),
-    "RoBERTa": (hf.AutoModelForSequenceClassification, ENCODERS["RoBERTa"]),
-    "Llama": (hf.AutoModelForCausalLM, CAUSAL["Llama"]),
-}
-
-
-def load_parts(directory, runtime):
-    """{model: (its parameters, gathered; its fingerprint; numbers of parameters that this process has)}"""
-    found = {}
-    for name, (auto_model, _) in ARCHITECTURES.items():
-        model = checkpoint_model(auto_model, str(directory / name), lambda *_: None, process_mesh("cpu"))
-        gathered = {key: whole(value) for key, value in model.state_dict().items()}
-        held = sum(parameter.to_local().numel() for parameter in model.parameters())
-        found[name] = (gathered, model_fingerprint(model), held, any(module.training for module in model.modules()))
-    with pytest.raises(UserError, match="missing.*wte.*incomplete"):
-        checkpoint_model(*partial_model(directory), lambda *_: None, process_mesh("cpu"))
-    with pytest.raises(UserError, match="safetensors"):
-        checkpoint_model(hf.AutoModelForCausalLM, str(directory / "none"), lambda *_: None, process_mesh("cpu"))
-    return found
-
-
-def partial_model(directory):
-    return hf.AutoModelForCausalLM, str(directory / "partial")
-
-
-def test_each_process_loads_its_part_of_a_checkpoint(tmp_path):
-    """Of one file or several, float32 or bfloat16: gathered it is what transformers loads, of the same fingerprint."""
-    for name, (auto_model, config) in ARCHITECTURES.items():
-        model = make_model(auto_model, config).to(torch.bfloat16 if name == "Llama" else torch.float32)
-        model.save_pretrained(tmp_path / name, max_shard_size="1KB" if name == "T5" else "1GB")
-    model = make_model(hf.AutoModelForCausalLM, CAUSAL["GPT-2"]).float()
-    state = {name: x for name, x in model.state_dict().items() if "wte" not in name and "lm_head" not in name}
-    model.save_pretrained(tmp_path / "partial", state_dict=state)
-    model.config.save_pretrained(tmp_path / "none")
-    returned = run_processes(load_parts, 2, tmp_path)
-    for name, (auto_model, _) in ARCHITECTURES.items():
-        expected = checkpoint_model(auto_model, str(tmp_path / name), lambda *_: None)
-        size = sum(parameter.numel() for parameter in expected.parameters())
-        for found in returned:
-            gathered, fingerprint, held, is_training = found[name]
-            assert gathered.keys() == expected.state_dict().keys()
-            assert all(torch.equal(gathered[key], value) for key, value in expected.state_dict().items())
-            assert fingerprint == model_fingerprint(expected) and not is_training
-            assert held < 0.6 * size
-
-
-ADAPTED = {  # name: (task, auto model, config, changes, of the adapter)
-    "Llama": (RandomCausal, hf.AutoModelForCausalLM, CAUSAL["Llama"], {}, {"target_modules": ["q_proj", "up_proj"]}),
-    "RoBERTa": (RandomClasses, hf.AutoModelForSequenceClassification, ENCODERS["RoBERTa"], CLASSES,
-                {"target_modules": ["query", "value"], "modules_to_save": ["classifier"]}),
-}  # fmt: skip
-
-
-def adapted_scores(directory, runtime):
-    """{base model: (names of tracked layers, scores, fingerprint)}"""
-    sharded, found = runtime.world_size > 1, {}
-    runtime = Runtime(seed=SEED, rank=runtime.rank, world_size=runtime.world_size, sharded=sharded)
-    mesh = process_mesh("cpu") if sharded else None
-    for name, (make_task, auto_model, *_) in ADAPTED.items():
-        place = str(directory / name / "adapter")
-        model = adapted_model(auto_model, place, None, None, lambda *_: None, False, mesh).eval()
-        if sharded and not is_sharded(model.parameters()):
-            shard_model(model, mesh)
-        task = make_task()
-        study = Study(task, model, task.load_dataset("train"), directory / f"{name} {runtime.world_size}", runtime)
-        names = [layer.name for layer in study.layers]
-        scores = analyze(study, ["ekfac"], task.load_dataset("validation"), damping=DAMPING, **SIZES)
-        found[name] = names, scores["ekfac"], model_fingerprint(model)
-    return found
-
-
-@pytest.mark.slow
-def test_an_adapter_of_a_sharded_model(tmp_path):
-    """LoRA on a base model of which each process has a part: tracked alike, equal scores within float32's rounding."""
-    torch.manual_seed(2)
-    for name, (_, auto_model, config, changes, of_adapter) in ADAPTED.items():
-        make_model(auto_model, config, **changes).float().save_pretrained(tmp_path / name / "base")
-        base = auto_model.from_pretrained(tmp_path / name / "base")
-        adapter = peft.get_peft_model(base, peft.LoraConfig(r=2, **of_adapter))
-        for parameter in (parameter for key, parameter in adapter.named_parameters() if "lora" in key):
-            nn.init.normal_(parameter)
-        adapter.save_pretrained(tmp_path / name / "adapter")
-    expected = adapted_scores(tmp_path, Runtime())
-    for found in run_processes(adapted_scores, 2, tmp_path):
-        for name, (names, scores, fingerprint) in expected.items():
-            assert (found[name][0], found[name][2]) == (names, fingerprint)
-            assert relative_error(found[name][1], scores) < 1e-4
-
-
-def test_units_are_blocks_and_what_lies_outside():
-    """Every parameter is of one unit; a tied table, wherever it is used, is one; a model without blocks is refused."""
-    for name, (auto_model, config) in ARCHITECTURES.items():
-        model = make_model(auto_model, config)
-        units = [{id(x) for module in unit for x in module.parameters()} for unit in sharded_units(model)]
-        assert sum(map(len, units)) == len(list(model.parameters())), name
-        assert set.union(*units) == {id(x) for x in model.parameters()}
-    with pytest.raises(UserError, match="no repeated blocks"):
-        sharded_units(nn.Sequential(nn.Linear(2, 2)))
 
 
 @pytest.mark.parametrize("num_processes", [1, 2, 3, 7, 50])

@@ -2,6 +2,9 @@
 
 The model is made on the meta device, sharded there, and given its part of each tensor of the .safetensors files, by
 torch's reader of such files. Buffers, which are small, are whole everywhere.
+
+Where there are no such files, or transformers would have to rename or merge what they hold, each process reads the
+whole model into main memory first, which is said.
 """
 
 import re
@@ -15,24 +18,37 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PretrainedConfig
 
-from influence_core.errors import UserError
 from influence_core.sharding import shard_model
-from influence_core.tasks.weights import NO_WEIGHT, Differences
+from influence_core.tasks.example import is_main_process
+from influence_core.tasks.weights import NO_WEIGHT, Differences, load_weights
 
 
 def load_sharded_weights(
     auto_model: type, source: str, config: PretrainedConfig, revision: str, mesh: DeviceMesh
 ) -> tuple[nn.Module, Differences]:
-    """As `load_weights`, this process's part of it, on its device; what is not stored is zero.
+    """As `load_weights`, this process's part of it, on its device.
 
     Raises:
-        UserError: there are no such files, or the model has no repeated blocks.
+        UserError: the model has no repeated blocks.
     """
     directory = source
     if not Path(source).is_dir():
         directory = snapshot_download(source, revision=revision, allow_patterns=["*.safetensors"])
-    if not any(Path(directory).glob("*.safetensors")):
-        raise UserError(f"--use_fsdp reads .safetensors files, and there are none in {source}: save the model as such")
+    if any(Path(directory).glob("*.safetensors")):
+        model, differences = _read_parts(auto_model, directory, config, mesh)
+        if differences == Differences([], [], {}):
+            return model, differences
+    if is_main_process():
+        print(f"Note: the weights in {source} can't be read in parts: each process holds all of them while it loads")
+    model, differences = load_weights(auto_model, source, config, revision)
+    shard_model(model, mesh)
+    return model, differences
+
+
+def _read_parts(
+    auto_model: type, directory: str, config: PretrainedConfig, mesh: DeviceMesh
+) -> tuple[nn.Module, Differences]:
+    """(the model, zero where nothing is stored under its own names; what is not)"""
     with init_empty_weights(include_buffers=False):
         model = auto_model.from_config(config, dtype=torch.float32)
     model.tie_weights()

@@ -131,7 +131,7 @@ class TwoProcesses:
 
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
 def test_what_is_captured_reaches_the_owners_of_layers(half, tmp_path, monkeypatch):
-    """Of sharded parameters: by collectives that NCCL takes, on the device, the very numbers; also where one has no batch."""
+    """Of sharded parameters: what NCCL takes, on the device, the very numbers; also where one has no batch."""
     study = cuda_study(tmp_path, half=half)
     with study.gradient_pass(study.task.train_loss) as run:
         captured = [of_batch for _, of_batch in study.captures(run, study.train_dataset, list(range(6)), 3, "loss")]
