@@ -99,6 +99,7 @@ def analyze(
         post_processed=of_training.num_gradients if study.task.post_processes else 0,
         sum_queries=study.sum_queries,
     )
+    work = study.runtime.of_main(work)
     in_use, budget = available_memory(study, memory_budget)
     work = fit_batch_sizes(study.layers, work, budget, study.runtime.print)
     plan = plan_analysis(study, work, in_use, budget)

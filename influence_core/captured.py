@@ -266,5 +266,9 @@ def has_gradient(output_gradients: Tensor) -> Tensor:
 
 def captured_bytes(captured: dict[str, Captured]) -> int:
     """Of all layers' inputs and output gradients; a tensor that several layers read counts once."""
-    tensors = (x for each in captured.values() for x in each.tensors)
-    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+    sizes: dict[int, tuple[int, dict]] = {}  # {storage: (its bytes, those of each view of it)}
+    for x in (x for each in captured.values() for x in each.tensors):
+        storage = x.untyped_storage()
+        sizes.setdefault(storage.data_ptr(), (storage.nbytes(), {}))[1][x.data_ptr(), x.shape, x.stride()] = x.nbytes
+    # What came from another process lies beside others' in one storage; views of one tensor may overlap.
+    return sum(min(whole, sum(views.values())) for whole, views in sizes.values())

@@ -125,6 +125,13 @@ class Runtime:
                 assert tensor.is_contiguous()
                 dist.all_reduce(tensor)
 
+    def of_main(self, value: Item) -> Item:
+        """The first process's value, where parameters are sharded: all have to do the same steps."""
+        values = [value]
+        if self.sharded:
+            dist.broadcast_object_list(values)
+        return values[0]
+
     def smallest(self, value: int) -> int:
         """The smallest of the processes' values: what all of them can do."""
         tensor = torch.tensor(value, device=self.device)

@@ -48,10 +48,14 @@ def shard_model(model: nn.Module, mesh: DeviceMesh) -> None:
     Raises:
         UserError: the model has no repeated blocks.
     """
+    has_own = any(True for _ in model.parameters(recurse=False))
     for unit in sharded_units(model):
-        fully_shard(unit if len(unit) > 1 else unit[0], mesh=mesh, reshard_after_forward=True)
-    fully_shard(model, mesh=mesh)  # of no parameters: from where the passes begin
-    model.__class__ = own_class(model)  # it is shown by that name
+        if model not in unit:
+            fully_shard(unit if len(unit) > 1 else unit[0], mesh=mesh, reshard_after_forward=True)
+    # What is left: mostly nothing, it is from where the passes begin. Else it is gathered until all is at rest again.
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    if not has_own:
+        model.__class__ = own_class(model)  # it is shown by that name
     model._is_fsdp_managed_module = True  # to transformers: texts that processes generate end together
     # What a tracked layer hands on is one, and a model that changes it in place is given a copy (passes.py).
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
@@ -65,10 +69,11 @@ def sharded_units(model: nn.Module) -> list[list[nn.Module]]:
     for module in model.modules():
         if any(id(parameter) not in within for parameter in module.parameters(recurse=False)):
             others[id(module)] = module
-    units: list[list[nn.Module]] = [[block] for block in blocks]
+    units: list[list[nn.Module]] = []
     owners: dict[int, list[nn.Module]] = {}  # {id of a parameter: the unit that has it}
-    for module in reversed(others.values()):  # what is inside another module comes first
-        ids = [id(parameter) for parameter in module.parameters(recurse=False)]
+    outside = [(module, False) for module in reversed(others.values())]  # what is inside another module comes first
+    for module, recurse in [(block, True) for block in blocks] + outside:
+        ids = [id(parameter) for parameter in module.parameters(recurse)]
         known = next((owners[each] for each in ids if each in owners), None)
         if known is None:
             units.append(known := [])
@@ -96,7 +101,7 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
             f"--use_fsdp: this {type(model).__name__} has no repeated blocks (an nn.ModuleList of them) to gather one "
             "by one: leave --use_fsdp out"
         )
-    return blocks
+    return list(dict.fromkeys(blocks))  # one that is repeated itself is one
 
 
 def come_to_rest(model: nn.Module) -> None:

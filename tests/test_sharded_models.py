@@ -14,7 +14,7 @@ from influence_core.analysis import analyze
 from influence_core.errors import UserError
 from influence_core.fingerprints import model_fingerprint
 from influence_core.runtime import Runtime
-from influence_core.sharding import is_sharded, process_mesh, shard_model, sharded_units, whole
+from influence_core.sharding import come_to_rest, is_sharded, process_mesh, shard_model, sharded_units, whole
 from influence_core.study import Study
 from influence_core.tasks.adapters import adapted_model
 from influence_core.tasks.models import checkpoint_model
@@ -52,6 +52,10 @@ def load_parts(directory, runtime):
 NOT_IN_PARTS = {"GPT-2 in a .bin": hf.AutoModelForCausalLM, "RoBERTa of old": hf.AutoModelForSequenceClassification}
 
 
+def weights_of(directory):
+    return load_file(directory / "model.safetensors")
+
+
 def partial_model(directory):
     return hf.AutoModelForCausalLM, str(directory / "partial")
 
@@ -65,12 +69,15 @@ def test_each_process_loads_its_part_of_a_checkpoint(tmp_path):
     state = {name: x for name, x in model.state_dict().items() if "wte" not in name and "lm_head" not in name}
     model.save_pretrained(tmp_path / "partial", state_dict=state)
     model.config.save_pretrained(tmp_path / "none")
+    torch.manual_seed(1)
+    other = {name: torch.randn_like(tensor) for name, tensor in weights_of(tmp_path / "Llama").items()}
+    save_file(other, tmp_path / "Llama" / "model.of_earlier.safetensors", {"format": "pt"})  # is not looked at
     shutil.copytree(tmp_path / "GPT-2", tmp_path / "GPT-2 in a .bin")
-    weights = load_file(tmp_path / "GPT-2" / "model.safetensors")
+    weights = weights_of(tmp_path / "GPT-2")
     torch.save(weights, tmp_path / "GPT-2 in a .bin" / "pytorch_model.bin")
     (tmp_path / "GPT-2 in a .bin" / "model.safetensors").unlink()
     shutil.copytree(tmp_path / "RoBERTa", tmp_path / "RoBERTa of old")
-    weights = load_file(tmp_path / "RoBERTa" / "model.safetensors")
+    weights = weights_of(tmp_path / "RoBERTa")
     old = {re.sub(r"LayerNorm\.weight$", "LayerNorm.gamma", name): tensor for name, tensor in weights.items()}
     assert old.keys() != weights.keys()
     save_file(old, tmp_path / "RoBERTa of old" / "model.safetensors", {"format": "pt"})
@@ -127,6 +134,49 @@ def test_an_adapter_of_a_sharded_model(tmp_path):
         for name, (names, scores, fingerprint) in expected.items():
             assert (found[name][0], found[name][2]) == (names, fingerprint)
             assert relative_error(found[name][1], scores) < 1e-4
+
+
+class Own(nn.Module):
+    """A person's: positions of the model itself, a block that is used twice, and two that share a matrix."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.positions = nn.Parameter(torch.randn(5, 4))
+        repeated, others = nn.Linear(4, 4), [nn.Linear(4, 4), nn.Linear(4, 4)]
+        others[1].weight = others[0].weight
+        self.blocks = nn.ModuleList([repeated, repeated, *others])
+
+    def forward(self, x):
+        x = x + self.positions
+        for block in self.blocks:
+            x = block(x).tanh()
+        return x
+
+
+def passes_of_own(directory, runtime):
+    """[(outputs, gradient of the input)] of passes, each from rest."""
+    model = Own()
+    if runtime.world_size > 1:
+        shard_model(model, process_mesh("cpu"))
+    model.requires_grad_(False)
+    results = []
+    for seed in range(2):
+        x = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+        outputs = model(x)
+        (gradient,) = torch.autograd.grad(outputs.sum(), x)
+        come_to_rest(model)
+        assert all(is_sharded([each]) == (runtime.world_size > 1) for each in model.parameters())
+        results.append((outputs.detach(), gradient))
+    return results
+
+
+def test_a_model_with_parameters_beside_its_blocks_and_shared_blocks(tmp_path):
+    expected = passes_of_own(tmp_path, Runtime())
+    for found in run_processes(passes_of_own, 2, tmp_path):
+        for ours, theirs in zip(found, expected, strict=True):
+            for actual, wanted in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(actual, wanted)
 
 
 def test_units_are_blocks_and_what_lies_outside():

@@ -99,7 +99,10 @@ class Retrainer:
             self.recipe = replace(self.recipe, train_batch_size=self.recipe.train_batch_size * num_processes)
         self.eval_batch_size = arguments.eval_batch_size
         check_size(arguments, "train_batch_size", len(train_dataset), "training set")
-        self.accelerator = accelerator_of(arguments) if arguments.use_fsdp else _one_device(self.recipe)
+        if arguments.use_fsdp:
+            Launch.require_torchrun("--use_fsdp")
+        several = arguments.use_fsdp and Launch.here().world_size > 1
+        self.accelerator = accelerator_of(arguments) if several else _one_device(self.recipe)
         batch_size, num_processes = self.recipe.train_batch_size, self.accelerator.num_processes
         if batch_size % num_processes:
             raise UserError(
@@ -121,7 +124,7 @@ class Retrainer:
             "query_dataset": dataset_fingerprint(self.query_dataset),
             "frozen_parameters": self.task.frozen_parameters,
             **asdict(self.recipe),
-            "train_batch_size": self.recipe.train_batch_size * self.accelerator.num_processes,
+            **({"num_processes": self.accelerator.num_processes} if self.accelerator.num_processes > 1 else {}),
         }
 
     def lead(self, retraining: Retraining) -> dict[str, Tensor]:
@@ -147,7 +150,7 @@ class Retrainer:
         with torch.no_grad():
             for name, value in self.model.state_dict().items():
                 local(value).copy_(self.initial[name])
-        set_seed(retraining.seed)
+        set_seed(retraining.seed + self.accelerator.process_index)  # of dropout, each its own
         model = fit(self.task, self.model, subset, self.recipe, retraining.seed, self.accelerator)
         values = evaluate(self.task, model, self.query_dataset, self.eval_batch_size, self.accelerator, generate=True)
         self.accelerator.free_memory()

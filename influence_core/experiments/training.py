@@ -125,8 +125,8 @@ def _train(task: ExampleTask, arguments, record: dict[str, Any], accelerator: Ac
     state = None
     if arguments.resume is not False:
         identity = json.loads(json.dumps(record | {"initial_model": model_fingerprint(model)}))
-        if arguments.use_fsdp:
-            identity["sharded"] = arguments.fsdp_shards or accelerator.num_processes
+        # Each process then keeps a part of it all.
+        identity["sharded"] = (arguments.fsdp_shards or accelerator.num_processes) if arguments.use_fsdp else None
         state = TrainingState(checkpoint_dir / STATE, identity, accelerator.process_index, accelerator.num_processes)
     with progress(num_steps, "Train", unit="step", is_shown=accelerator.is_main_process) as bar:
         model = fit(task, model, splits["train"], recipe, arguments.seed, accelerator, bar, after_step, state)

@@ -22,13 +22,14 @@ from torch import Tensor
 
 from influence_core.batches import order_examples, share, shares
 from influence_core.captured import Captured, captured_bytes
+from influence_core.errors import UserError
 from influence_core.factors.preconditioners import load_preconditioners
 from influence_core.factors.strategies import Damping, Preconditioner
 from influence_core.layers import Parts, TrackedLayer
 from influence_core.memory import in_halves, slices
 from influence_core.scores.cost import preconditioning_chunk
 from influence_core.scores.gradients import PerSampleGradients
-from influence_core.scores.overflow import overflow
+from influence_core.scores.overflow import REMEDY, overflow
 from influence_core.scores.plan import Plan
 from influence_core.scores.query_sum import preconditioned_sum
 from influence_core.scores.stored import SCORES, pairwise_score_store, score_scale
@@ -146,6 +147,8 @@ class _PairwiseJob:
                 self.gradients.buffer = None
         if runtime.sharded:
             runtime.all_reduce([self.scores])
+            if not self.scores.isfinite().all():
+                raise UserError(f"a score, summed over all layers, is beyond the range of the number format; {REMEDY}")
             self.scores = self.scores[..., self.columns.start : self.columns.stop]
         for name, scores in zip(self.strategy_names, self.scores):
             if runtime.smallest(int(not scores.any())):

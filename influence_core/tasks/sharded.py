@@ -7,7 +7,9 @@ Where there are no such files, or transformers would have to rename or merge wha
 whole model into main memory first, which is said.
 """
 
+import json
 import re
+import tempfile
 from pathlib import Path
 
 import torch
@@ -17,6 +19,8 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PretrainedConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME as INDEX
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from influence_core.sharding import shard_model
 from influence_core.tasks.example import is_main_process
@@ -33,9 +37,9 @@ def load_sharded_weights(
     """
     directory = source
     if not Path(source).is_dir():
-        directory = snapshot_download(source, revision=revision, allow_patterns=["*.safetensors"])
-    if any(Path(directory).glob("*.safetensors")):
-        model, differences = _read_parts(auto_model, directory, config, mesh)
+        directory = snapshot_download(source, revision=revision, allow_patterns=["model*.safetensors", INDEX])
+    if files := _files(Path(directory)):
+        model, differences = _read_parts(auto_model, files, config, mesh)
         if differences == Differences([], [], {}):
             return model, differences
     if is_main_process():
@@ -45,8 +49,21 @@ def load_sharded_weights(
     return model, differences
 
 
+def _files(directory: Path) -> list[Path]:
+    """Those that transformers would take: others may lie beside them, of another format or an earlier time."""
+    if (directory / SAFE_WEIGHTS_NAME).is_file():
+        return [directory / SAFE_WEIGHTS_NAME]
+    if not (directory / INDEX).is_file():
+        return []
+    try:
+        names = set(json.loads((directory / INDEX).read_text())["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, OSError):
+        return []  # transformers will say what is wrong with it
+    return [directory / name for name in sorted(names)]
+
+
 def _read_parts(
-    auto_model: type, directory: str, config: PretrainedConfig, mesh: DeviceMesh
+    auto_model: type, files: list[Path], config: PretrainedConfig, mesh: DeviceMesh
 ) -> tuple[nn.Module, Differences]:
     """(the model, zero where nothing is stored under its own names; what is not)"""
     with init_empty_weights(include_buffers=False):
@@ -61,10 +78,13 @@ def _read_parts(
             parameter.zero_()
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
-    reader = checkpoint.HuggingFaceStorageReader(directory)
-    stored = {key: list(each.size) for key, each in reader.read_metadata().state_dict_metadata.items()}
-    wanted, differences = _matched(model, stored)
-    checkpoint.load(wanted, storage_reader=reader)
+    with tempfile.TemporaryDirectory() as links:  # the reader takes all that it finds
+        for path in files:
+            Path(links, path.name).symlink_to(path.resolve())
+        reader = checkpoint.HuggingFaceStorageReader(links)
+        stored = {key: list(each.size) for key, each in reader.read_metadata().state_dict_metadata.items()}
+        wanted, differences = _matched(model, stored)
+        checkpoint.load(wanted, storage_reader=reader)
     return model, differences
 
 
