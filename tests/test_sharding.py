@@ -144,7 +144,8 @@ def looked_into(directory, runtime):
     return found
 
 
-@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 3])
 def test_what_sharded_scores_are_made_of(tmp_path, world_size):
     """Self-influence, parts by layer and token, and scores of the queries' sum: as of one process."""
     expected = looked_into(tmp_path / "one", Runtime(precision=FLOAT64, seed=SEED))
