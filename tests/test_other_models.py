@@ -42,6 +42,7 @@ def trained(name, directory):
 LEFT = {"BERT", "DistilBERT"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.slow if x in LEFT else ()) for x in CASES])
 def test_train_and_analyze(name, tmp_path):
     task_class, flags = trained(name, tmp_path)

@@ -9,6 +9,7 @@ from tests.pretended.library import compiler
 from tests.scripts import ROOT, run_process
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler ($CXX or g++)")
 @pytest.mark.skipif(torch.backends.cuda.is_built(), reason="this torch has a CUDA of its own")
 def test_all_that_wants_a_gpu_but_compilation():

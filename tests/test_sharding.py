@@ -75,7 +75,8 @@ def single(tmp_path_factory):
     return directory, all_cases(directory, Runtime(precision=FLOAT64, seed=SEED))
 
 
-@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 3])
 def test_sharded_gives_what_one_process_gives(tmp_path, single, world_size):
     """Scores of four strategies on every process, and covariances and Lambda of "ekfac" as they are stored."""
     returned = run_processes(all_cases, world_size, tmp_path)

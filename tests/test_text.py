@@ -123,6 +123,7 @@ def every_way():
 WAYS = ["print", "error", "warning", "logger", "transformers", "description", "note", "written", "refusal"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["pipe", "terminal"])
 def test_every_way_to_a_terminal(where, terminal):
     code = "import transformers\nfrom tests.test_text import every_way, run_script\nrun_script(every_way)"
