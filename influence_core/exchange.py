@@ -68,19 +68,22 @@ def _exchange(
     own = {name: captured.pop(name) for name in shares[rank] if name in captured}
     packed = [_pack({name: captured.pop(name) for name in share if name in captured}) for share in shares]
     texts: list[Any] = [None] * len(shares)
-    dist.all_gather_object(texts, [(text, [(x.dtype, x.shape) for x in tensors]) for text, tensors in packed])
+    shapes = [[(x.dtype, x.shape) for x in tensors] for _, tensors in packed]
+    dist.all_gather_object(texts, [(text, of_share) for (text, _), of_share in zip(packed, shapes)])
     headers = [of_source[rank] for of_source in texts]
-    sizes = [_spans([(x.dtype, x.shape) for x in tensors])[-1].stop for _, tensors in packed]
+    spans = [_spans(of_share) for of_share in shapes]
+    sizes = [of_share[-1].stop for of_share in spans]
     sent = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
-    for (_, tensors), into in zip(packed, sent.split(sizes)):
-        for span, x in zip(_spans([(x.dtype, x.shape) for x in tensors]), tensors):
-            into[span].view(x.dtype).view(x.shape).copy_(x) if x.numel() else None
+    for (_, tensors), of_share, into in zip(packed, spans, sent.split(sizes)):
+        for span, x in zip(of_share, tensors):
+            if x.numel():
+                into[span].view(x.dtype).view(x.shape).copy_(x)
     del packed
     expected = [_spans(shapes)[-1].stop for _, shapes in headers]
     received = torch.empty(sum(expected), dtype=torch.uint8, device=device)
     dist.all_to_all_single(received, sent, expected, sizes)
     del sent
-    parts = [_unpack(text, shapes, block) for (text, shapes), block in zip(headers, received.split(expected))]
+    parts = [_unpack(*header, block) for header, block in zip(headers, received.split(expected))]
     parts[rank] = own
     return parts
 

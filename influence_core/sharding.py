@@ -183,6 +183,7 @@ def unsharded(model: nn.Module, here: bool) -> Iterator[None]:
 
 
 def is_sharded(tensors: Iterable[Tensor]) -> bool:
+    """Whether this process has only a part of any of them."""
     return any(isinstance(tensor, DTensor) for tensor in tensors)
 
 
@@ -200,5 +201,5 @@ def describe_units(model: nn.Module) -> str:
     for block in blocks:
         name = own_class(block).__name__
         counts[name] = counts.get(name, 0) + 1
-    others = len(sharded_units(model)) - len(blocks)
+    others = sum(not set(unit) & set(blocks) for unit in sharded_units(model))
     return ", ".join(f"{count} {name}" for name, count in counts.items()) + f" and {others} others"

@@ -148,7 +148,7 @@ class _PartsJob:
     def add(self, group: list[TrackedLayer], preconditioners: dict[str, Preconditioner], tile: list[int]) -> None:
         """The parts of these layers, for the pairs of these queries."""
         study = self.study
-        queries = self._queries(group, preconditioners, tile)
+        own, queries = study.own(group), self._queries(group, preconditioners, tile)
         numbers: dict[int, list[int]] = {}  # of the pairs, by training example
         for number, (query, index) in enumerate(self.pairs):
             if query in queries:
@@ -160,7 +160,7 @@ class _PartsJob:
             captures = study.captures(run, study.train_dataset, order, self.train_batch_size, "training loss")
             for indices, captured in captures:
                 places = self._places(study.train_dataset, indices)
-                for layer in study.own(group):
+                for layer in own:
                     of_layer = captured.pop(layer.name)
                     for row, gradient, direction in self._gradients(layer, of_layer, preconditioners[layer.name]):
                         one = (of_layer[row : row + 1], gradient, direction) if places else (None, gradient, None)
@@ -190,9 +190,7 @@ class _PartsJob:
             sums = preconditioned_sum(
                 self.study, self.query_dataset, self.query_batch_size, group, preconditioners, gradients
             )
-            directions = {
-                layer.name: layer.to_matrix(sums[layer.name])[0].to(self.dtype) for layer in self.study.own(group)
-            }
+            directions = {layer.name: layer.to_matrix(sums[layer.name])[0].to(self.dtype) for layer in own}
             return {0: _Query({}, directions, None, 0)}
         queries: dict[int, _Query] = {}
         with self.study.gradient_pass(self.task.measurement, group) as run:
