@@ -80,7 +80,7 @@ def _read_parts(
             buffer.copy_(buffers[name])
     with tempfile.TemporaryDirectory() as links:  # the reader takes all that it finds
         for path in files:
-            Path(links, path.name).symlink_to(path.resolve())
+            Path(links, path.name).symlink_to(path.resolve(strict=True))
         reader = checkpoint.HuggingFaceStorageReader(links)
         stored = {key: list(each.size) for key, each in reader.read_metadata().state_dict_metadata.items()}
         wanted, differences = _matched(model, stored)
