@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import torch
 
-from influence_core import analysis, check, profiler, study
+from influence_core import analysis, check, profiler, progress
 from influence_core.captured import Captured
 from influence_core.factors import eigendecomposition
 from influence_core.factors.covariance import CovarianceSums
@@ -152,7 +152,7 @@ def modelled(device: ModelledDevice, card: Card, model: torch.nn.Module) -> Iter
             patch.object(torch.nn.functional, "scaled_dot_product_attention", scaled_dot_product_attention)
         )
         stack.enter_context(Threads(clock).installed())
-        for module in (check, profiler, study):
+        for module in (check, profiler, progress):
             stack.enter_context(patch.object(module, "time", clocks))
         stack.enter_context(patch.object(GradientPass, "__call__", pass_once_by_shapes(GradientPass.__call__, clock)))
         if share := getattr(eigendecomposition, "Share", None):  # deals out by what it sees take how long
