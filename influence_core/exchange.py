@@ -29,18 +29,13 @@ def share_out(layers: Sequence[TrackedLayer], num_processes: int) -> list[list[T
 
     A process may have none where there are few.
     """
-    weights = [_weight(layer) for layer in layers]
+    weights = [layer.num_parameters + layer.num_covariances for layer in layers]
     total, before = sum(weights), 0
     shares: list[list[TrackedLayer]] = [[] for _ in range(num_processes)]
     for layer, weight in zip(layers, weights):
         shares[(2 * before + weight) * num_processes // (2 * total)].append(layer)
         before += weight
     return shares
-
-
-def _weight(layer: TrackedLayer) -> int:
-    squares = sum(size * size for size in layer.shape) if layer.is_kronecker else 0
-    return layer.num_parameters + squares
 
 
 def exchange(

@@ -28,10 +28,8 @@ T5 = ["--config_overrides", "num_layers=1,d_model=16,d_ff=24,num_heads=2,d_kv=8"
 T5 += ["--max_source_length", "40", "--max_target_length", "12"]
 
 
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory):
+def make_bases(directory):
     """{task: directory of a model with weights}"""
-    directory = tmp_path_factory.mktemp("bases")
     common = ["--preset", "demo", "--vocab_size", "400", "--num_train", "32", "--num_train_epochs", "1"]
     for name, task_class, sizes in (("gpt2", WikiTextTask, GPT2), ("t5", DailyMailTask, T5)):
         run("train", *common, *sizes, "--checkpoint_dir", directory / name, task_class=task_class).ok()
@@ -42,6 +40,11 @@ def bases(tmp_path_factory):
     hf.BertModel(config).save_pretrained(directory / "bert")  # without a head for choices
     task.tokenizer.save_pretrained(directory / "bert")
     return {WikiTextTask: directory / "gpt2", DailyMailTask: directory / "t5", SwagTask: directory / "bert"}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    return make_bases(tmp_path_factory.mktemp("bases"))
 
 
 SIZES = {WikiTextTask: GPT2[2:], DailyMailTask: T5[2:], SwagTask: ["--max_length", "24"]}

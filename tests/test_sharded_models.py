@@ -38,6 +38,9 @@ def load_parts(directory, runtime):
     found = {}
     for name, auto_model in {**{name: each[0] for name, each in ARCHITECTURES.items()}, **NOT_IN_PARTS}.items():
         model = checkpoint_model(auto_model, str(directory / name), lambda *_: None, process_mesh("cpu"))
+        assert is_sharded(model.parameters()) == (name not in NOT_IN_PARTS)
+        if name in NOT_IN_PARTS:  # as who loads it does
+            shard_model(model, process_mesh("cpu"))
         gathered = {key: whole(value) for key, value in model.state_dict().items()}
         held = sum(parameter.to_local().numel() for parameter in model.parameters())
         found[name] = (gathered, model_fingerprint(model), held, any(module.training for module in model.modules()))

@@ -181,44 +181,6 @@ def test_a_killed_training_of_two_processes_ends_in_the_same_bytes(how, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("example", ["wikitext_gpt2", "dailymail_t5"])  # which also writes texts
-def test_a_sharded_training_is_that_of_whole_models(example, tmp_path):
-    """The weights and the metrics of two processes that each have a whole model, but for rounding."""
-    flags = [*train_flags(example), "--save_at", "0.5", "--checkpoint_dir"]
-    printed = {
-        name: run_process([*TORCHRUN, f"{example}/train.py", *flags, tmp_path / name, *how]).ok()
-        for name, how in (("whole", []), ("sharded", ["--use_fsdp"]))
-    }
-    (step,) = (tmp_path / "whole").glob("step-*")
-    for place in ("", step.name):
-        whole, sharded = (load_file(tmp_path / name / place / "model.safetensors") for name in ("whole", "sharded"))
-        assert whole.keys() == sharded.keys()
-        largest = max(float(tensor.abs().max()) for tensor in whole.values())
-        assert max(float((whole[key] - sharded[key]).abs().max()) for key in whole) < 1e-3 * largest
-    metrics = [
-        re.findall(r" (\d[\d.e+-]*)(?=,|$)", printed[name].split("Checkpoint:")[1], re.MULTILINE) for name in printed
-    ]
-    assert [float(value) for value in metrics[0]] == pytest.approx([float(value) for value in metrics[1]], rel=1e-2)
-
-
-@pytest.mark.slow
-def test_sharded_retrainings_are_those_of_one_process(tmp_path):
-    """All processes make each retraining together; of full batches with the numbers of one process."""
-    place = ["--preset", "demo", "--checkpoint_dir", tmp_path / "checkpoint", "--output_dir", tmp_path / "results"]
-    run("train", *train_flags("wikitext_gpt2"), "--num_train", "64", *place[:4]).ok()
-    run("analyze", *place, "--num_queries", "5", "--factor_strategy", "identity").ok()
-    flags = [*place, "--num_queries", "5", "--num_masks", "3", "--num_repeats", "1", "--figure_dir", tmp_path]
-    values = []
-    for name, launcher, how in (("one", [], []), ("sharded", TORCHRUN, ["--use_fsdp"])):
-        bank = tmp_path / name
-        run_process([*launcher, "wikitext_gpt2/evaluate_lds.py", *flags, "--bank_dir", bank, *how]).ok()
-        values.append({path.name: load_file(path) for path in bank.glob("*.safetensors")})
-    assert values[0].keys() == values[1].keys() and len(values[0]) == 3
-    for name, expected in values[0].items():
-        torch.testing.assert_close(values[1][name], expected, rtol=2e-3, atol=0)  # AdamW divides by what rounds
-
-
-@pytest.mark.slow
 def test_a_process_that_refuses_its_input_ends_the_job(tmp_path):
     """Its line is shown, whichever process comes to it first, and no other waits for it."""
     place = ["--checkpoint_dir", tmp_path / "none", "--output_dir", tmp_path / "results"]

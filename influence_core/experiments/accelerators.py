@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader
 from influence_core.launch import Launch
 from influence_core.runtime import LONGEST_WAIT
 from influence_core.sharding import is_sharded, process_mesh, shard_model
+from influence_core.tasks.example import ExampleTask
 
 
 def accelerator_of(arguments) -> Accelerator:
@@ -34,6 +36,15 @@ def accelerator_of(arguments) -> Accelerator:
     return accelerator
 
 
+def load_start(task: ExampleTask, accelerator) -> nn.Module:
+    """The model to train, of which each process has read no more than its part, if it is to have no more."""
+    before, task.shard_on = task.shard_on, getattr(accelerator, "mesh", None)
+    try:
+        return task.load_model(None)
+    finally:
+        task.shard_on = before
+
+
 class _Sharding(Accelerator):
     """Leaves each process its part of a model, by the very sharding of the analysis.
 
@@ -43,7 +54,19 @@ class _Sharding(Accelerator):
     def prepare_model(self, model, *_, **__):
         if not is_sharded(model.parameters()):
             shard_model(model, self.mesh)
+        # An adapter beside a base model that was read in parts: small, and each process has all of it.
+        self._whole = [each for each in model.parameters() if each.requires_grad and not is_sharded([each])]
         return model
+
+    def backward(self, loss, **kwargs):
+        super().backward(loss, **kwargs)
+        if not self._whole:
+            return
+        gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in self._whole]
+        mean = torch.cat([gradient.flatten() for gradient in gradients]) / self.num_processes
+        dist.all_reduce(mean)
+        for parameter, of_all in zip(self._whole, mean.split([each.numel() for each in self._whole])):
+            parameter.grad = of_all.view_as(parameter)
 
 
 class OneDevice:

@@ -11,7 +11,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from influence_core.errors import UserError
-from influence_core.experiments.accelerators import OneDevice, accelerator_of
+from influence_core.experiments.accelerators import OneDevice, accelerator_of, load_start
 from influence_core.experiments.arguments import check_size
 from influence_core.experiments.bank import Retraining, RetrainingBank
 from influence_core.experiments.checkpoints import not_left_empty, read_training_record, require_checkpoint
@@ -111,7 +111,7 @@ class Retrainer:
             )
         self.recipe = replace(self.recipe, train_batch_size=batch_size // num_processes)
         set_seed(record.get("seed", arguments.seed))
-        self.model = self.accelerator.prepare_model(task.load_model(None))
+        self.model = self.accelerator.prepare_model(load_start(task, self.accelerator))
         self.initial = {name: local(value).clone() for name, value in self.model.state_dict().items()}
 
     @property

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from influence_core.errors import UserError
-from influence_core.experiments.accelerators import accelerator_of
+from influence_core.experiments.accelerators import accelerator_of, load_start
 from influence_core.experiments.arguments import check_size, parse
 from influence_core.experiments.checkpoints import (
     DATA,
@@ -90,7 +90,7 @@ def _run(task_class: type[ExampleTask], arguments) -> None:
 def _train(task: ExampleTask, arguments, record: dict[str, Any], accelerator: Accelerator) -> None:
     checkpoint_dir = Path(arguments.checkpoint_dir)
     set_seed(arguments.seed)
-    model = task.load_model(None)
+    model = load_start(task, accelerator)
     splits = {split: task.load_dataset(split) for split in ("train", "validation")}
     num_train = check_size(arguments, "num_train", len(splits["train"]), "training set")
     splits["train"] = task.load_dataset("train", range(num_train))

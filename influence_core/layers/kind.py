@@ -131,6 +131,11 @@ class TrackedLayer(ABC):
         return self.shape[0] * self.shape[1]
 
     @property
+    def num_covariances(self) -> int:
+        """Numbers in its covariances, or their eigenvectors, where it has them."""
+        return sum(size * size for size in self.shape) if self.is_kronecker else 0
+
+    @property
     def part_sizes(self) -> tuple[int, ...]:
         """Numbers in a gradient's parts: those of the weight, then those of the bias, where there is one."""
         weight = self.out_features * self.in_features

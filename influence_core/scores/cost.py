@@ -143,7 +143,7 @@ def scratch_bytes(layers: list[TrackedLayer], work: Work) -> int:
 
 def factor_bytes(layers: list[TrackedLayer], work: Work, preconditioners: bool = False) -> int:
     """Bytes of all strategies' factors: those that are stored, or what the preconditioners hold."""
-    squares = _squares(layers)
+    squares = sum(layer.num_covariances for layer in layers)
     matrices = squares * (bool(work.num_in_eigenbasis) if preconditioners else 2 * work.num_in_eigenbasis)
     vectors = sum(
         layer.num_parameters * (work.num_strategies if preconditioners else work.num_lambdas(layer)) for layer in layers
@@ -151,17 +151,12 @@ def factor_bytes(layers: list[TrackedLayer], work: Work, preconditioners: bool =
     return (matrices + vectors) * work.sum_bytes
 
 
-def _squares(layers: list[TrackedLayer]) -> int:
-    """Numbers in the covariances of all layers that have them."""
-    return sum(size * size for layer in layers if layer.is_kronecker for size in layer.shape)
-
-
 def fit_peaks(layers: list[TrackedLayer], work: Work) -> dict[str, int]:
     """Bytes beyond what is in use, of the factor stages."""
     peaks = {}
     exchanged = work.exchanged(work.train, work.factor_batch_size, layers)
     layers = largest_share(layers, work)
-    squares = _squares(layers) * work.sum_bytes
+    squares = sum(layer.num_covariances for layer in layers) * work.sum_bytes
     kronecker = [layer for layer in layers if layer.is_kronecker]
     batch = work.factor_batch_size * work.train.num_bytes + work.train.fixed_bytes + 3 * CHUNK_BYTES[work.device_type]
     batch += exchanged + work.gathered_bytes

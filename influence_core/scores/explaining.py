@@ -91,8 +91,7 @@ def _fit(study: Study, longest: int, budget: int) -> tuple[list[list[TrackedLaye
     groups: list[list[TrackedLayer]] = [[]]
     taken = largest = 0
     for layer in study.layers:
-        squares = sum(size * size for size in layer.shape) if layer.is_kronecker else 0
-        of_layer = number * (squares + 2 * layer.num_parameters)
+        of_layer = number * (layer.num_covariances + 2 * layer.num_parameters)
         if groups[-1] and taken + of_layer > budget / 3:
             groups.append([])
             taken = 0

@@ -42,7 +42,8 @@ class ExampleTask(InfluenceTask):
     checkpoint_dir: str | None = None
     frozen_parameters: str | None = None  # a regular expression: those in whose names it is found are not trained
     tracked_kinds: str = "blocks"  # or "all": linear layers, or every parameter that training moves; of --track
-    shard_on: DeviceMesh | None = None  # the processes that get a part of a model each; of --use_fsdp
+    # The processes that get a part of a model each, if the task can load it so; of --use_fsdp.
+    shard_on: DeviceMesh | None = None
     tracked_layers: str | None = None  # a regular expression that narrows what is tracked; of --tracked_layers
 
     @staticmethod

@@ -36,7 +36,7 @@ def has_weights(source: str | None) -> bool:
 
 
 def checkpoint_model(auto_model: type, source: str, adapt: Adapt, shard_on: DeviceMesh | None = None) -> nn.Module:
-    """A checkpoint, which has to be whole; `shard_on`: the processes that get a part of each parameter."""
+    """A checkpoint, which has to be complete; `shard_on`: the processes that read a part each, where they can."""
     model, differences = _load(auto_model, source, "--checkpoint_dir", adapt, is_start=False, shard_on=shard_on)
     require_whole(model, differences, f"--checkpoint_dir {source}")
     return model

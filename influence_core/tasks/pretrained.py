@@ -192,7 +192,9 @@ class PretrainedTask(ExampleTask):
             if is_adapter(self.model_source):
                 raise UserError(f"{MODEL_FLAG} {self.model_source} is an adapter, not a model: name its base model, "
                                 f"{base_of(self.model_source)[0]}, or merge the two")  # fmt: skip
-            model, new_weights = start_model(self.auto_model, self.model_source, MODEL_FLAG, self.adapt_config)
+            model, new_weights = start_model(
+                self.auto_model, self.model_source, MODEL_FLAG, self.adapt_config, shard_on=self.shard_on
+            )
             if self.lora:
                 model = add_adapter(model, self.lora, new_weights)
         else:

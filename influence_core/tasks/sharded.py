@@ -3,8 +3,8 @@
 The model is made on the meta device, sharded there, and given its part of each tensor of the .safetensors files, by
 torch's reader of such files. Buffers, which are small, are whole everywhere.
 
-Where there are no such files, or transformers would have to rename or merge what they hold, each process reads the
-whole model into main memory first, which is said.
+Where there are no such files, or transformers would have to rename or merge what they hold, or make what they lack,
+each process reads the whole model into main memory first, which is said; who asked for it shards it then.
 """
 
 import json
@@ -30,7 +30,7 @@ from influence_core.tasks.weights import NO_WEIGHT, Differences, load_weights
 def load_sharded_weights(
     auto_model: type, source: str, config: PretrainedConfig, revision: str, mesh: DeviceMesh
 ) -> tuple[nn.Module, Differences]:
-    """As `load_weights`, this process's part of it, on its device.
+    """As `load_weights`, this process's part of it, on its device; or the whole, where it can't be read in parts.
 
     Raises:
         UserError: the model has no repeated blocks.
@@ -44,9 +44,7 @@ def load_sharded_weights(
             return model, differences
     if is_main_process():
         print(f"Note: the weights in {source} can't be read in parts: each process holds all of them while it loads")
-    model, differences = load_weights(auto_model, source, config, revision)
-    shard_model(model, mesh)
-    return model, differences
+    return load_weights(auto_model, source, config, revision)
 
 
 def _files(directory: Path) -> list[Path]:
