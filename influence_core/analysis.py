@@ -32,7 +32,7 @@ from influence_core.scores.plan import Plan, make_plan, plan_flops
 from influence_core.scores.plan_text import describe_plan
 from influence_core.scores.self_influence import compute_self_influence, self_influence_store
 from influence_core.scores.stored import pairwise_score_store
-from influence_core.sharding import largest_unit_bytes
+from influence_core.sharded_units import largest_unit_bytes
 from influence_core.study import Study
 
 UNITS_AT_ONCE = 3  # of sharded parameters: one at work, the next one, and what it is made of

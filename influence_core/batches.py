@@ -9,6 +9,8 @@ from influence_core.errors import UserError
 from influence_core.runtime import Runtime
 from influence_core.task import EXAMPLE_INDEX, Batch, InfluenceTask
 
+LOOKED_AT = 64  # examples whose sizes are compared where a task has no lengths
+
 
 def shares(num_examples: int, runtime: Runtime) -> list[range]:
     """The examples of each process: contiguous shares, uneven or empty where they have to be."""
@@ -30,6 +32,12 @@ def order_examples(lengths: Sequence[int], runtime: Runtime) -> list[int]:
     """
     of_process = range(len(lengths)) if runtime.sharded else share(len(lengths), runtime)
     return sorted(of_process, key=lambda index: -lengths[index])
+
+
+def sizes_of_some(task: InfluenceTask, dataset: Sequence[Any]) -> dict[int, int]:
+    """By index, of examples throughout the dataset: the numbers that they become."""
+    indices = range(0, len(dataset), -(-len(dataset) // LOOKED_AT))
+    return {i: sum(x.numel() for x in task.collate([dataset[i]]).values()) for i in indices}
 
 
 def make_batch(task: InfluenceTask, dataset: Sequence[Any], indices: Sequence[int], runtime: Runtime) -> Batch:

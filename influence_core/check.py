@@ -14,14 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from influence_core.batches import make_batch, sizes_of_some
 from influence_core.comparison import Alone, Comparison
 from influence_core.errors import UserError
 from influence_core.labels import LabelSampler, labels_from_uniforms_alone
+from influence_core.lockstep import of_many_sizes, refuse_uneven_calls
+from influence_core.passes import LossFunction
 from influence_core.precision import Precision
 from influence_core.study import Study
 from influence_core.task import Batch
 
-LOOKED_AT = 64  # examples whose sizes are compared where a task has no lengths
 NUM_SEEDS = (
     3  # of sampled labels, before a difference is believed: rounding may turn a label that a task samples itself
 )
@@ -50,6 +52,9 @@ def check_contract(study: Study, query_dataset: Sequence[Any], fits_factors: boo
     if fits_factors and not study.use_empirical_fisher:
         _check_sampled_labels(study, on_train, with_data_labels)
     on_queries.prove(study.task.measurement)
+    if study.runtime.sharded:
+        _check_calls(study, study.train_dataset, study.task.train_loss)
+        _check_calls(study, query_dataset, study.task.measurement)
     study.live = on_train.live
     dead = [layer.name for layer in study.layers if layer.name not in on_train.live | on_queries.live]
     if dead:
@@ -81,13 +86,27 @@ def _refuse_unfit_weights(model: nn.Module, precision: Precision) -> None:
             )
 
 
+def _check_calls(study: Study, dataset: Sequence[Any], loss: LossFunction) -> None:
+    """Processes that go in step have to."""
+
+    with study.gradient_pass(loss) as run:
+        refuse_uneven_calls(
+            study.model,
+            lambda index: run(make_batch(study.task, dataset, [index], study.runtime)),
+            of_many_sizes(_sizes(study, dataset)),
+        )
+
+
+def _sizes(study: Study, dataset: Sequence[Any]) -> dict[int, int]:
+    """By index, where a task has no lengths of some examples."""
+    if study.task.has_lengths:
+        return dict(enumerate(study.lengths(dataset)))
+    return sizes_of_some(study.task, dataset)
+
+
 def _pair(study: Study, dataset: Sequence[Any]) -> list[int]:
     """The shortest and the longest example; two of them where there are two."""
-    if study.task.has_lengths:
-        sizes = dict(enumerate(study.lengths(dataset)))
-    else:  # by the size of what becomes of them
-        indices = range(0, len(dataset), -(-len(dataset) // LOOKED_AT))
-        sizes = {i: sum(x.numel() for x in study.task.collate([dataset[i]]).values()) for i in indices}
+    sizes = _sizes(study, dataset)
     shortest, longest = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
     return [shortest, longest if shortest != longest else (shortest + 1) % len(dataset)]
 

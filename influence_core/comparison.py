@@ -9,7 +9,7 @@ from torch import Tensor
 
 from influence_core.batches import make_batch
 from influence_core.captured import Captured, Positions
-from influence_core.errors import UserError, first_line
+from influence_core.errors import UserError
 from influence_core.finite import FiniteWatch
 from influence_core.layers import TrackedLayer
 from influence_core.memory import is_out_of_memory, release_cached_memory
@@ -17,7 +17,7 @@ from influence_core.padding import refuse_counted_padding
 from influence_core.parameters import refuse_other_uses
 from influence_core.passes import LossFunction
 from influence_core.precision import Precision
-from influence_core.sharding import whole
+from influence_core.sharding import what_failed, whole
 from influence_core.study import Study
 from influence_core.task import EXAMPLE_INDEX, Batch
 
@@ -102,7 +102,7 @@ class Comparison:
         except Exception as error:
             if not is_out_of_memory(error):
                 which = " and ".join(map(str, indices))
-                raise UserError(f"the {self.what} of {which} can't be computed: {first_line(error)}") from error
+                raise UserError(f"the {self.what} of {which} can't be computed: {what_failed(error)}") from error
             release_cached_memory()
             if len(indices) == 1:
                 raise UserError(

@@ -6,7 +6,7 @@ from torch import nn
 
 from influence_core.layers import TrackedLayer, trackable_layer_names
 from influence_core.layers.finding import output_head
-from influence_core.sharding import own_class
+from influence_core.sharded_units import own_class
 
 
 def describe_coverage(model: nn.Module, layers: Sequence[TrackedLayer]) -> str:

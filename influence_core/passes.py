@@ -29,7 +29,7 @@ from influence_core.errors import UserError
 from influence_core.layers import TrackedLayer
 from influence_core.losses import HeadLoss, watched_heads
 from influence_core.precision import Precision
-from influence_core.sharding import come_to_rest, held_whole, is_sharded, local
+from influence_core.sharding import come_to_rest, held_whole, is_memory_of_parameter, is_sharded, local
 from influence_core.task import EXAMPLE_INDEX, Batch
 
 LossFunction = Callable[[nn.Module, Batch], Tensor]
@@ -81,6 +81,7 @@ class GradientPass:
     def __enter__(self) -> "GradientPass":
         self.requires_grad = [parameter.requires_grad for parameter in self.model.parameters()]
         self.training = [module.training for module in self.model.modules()]
+        self.frees = is_sharded(self.model.parameters())  # a parameter's memory, when its unit has run
         self.exact: list[tuple[Tensor, Tensor]] = []  # (a parameter or buffer, what it held)
         self.rounded: list[tuple[Tensor, Tensor]] = []  # (what a process has of a sharded parameter, what it held)
         self.handles = []
@@ -210,7 +211,8 @@ class GradientPass:
                 seen, output = (x.expand(self.num_rows, *x.shape[1:]) for x in (seen, output))
             is_copied = name in self.copied
             # Shares memory and version counter with what the model goes on to use.
-            self.inputs.setdefault(name, []).append(seen.detach().clone() if is_copied else seen.detach())
+            is_kept = not is_copied and not (self.frees and is_memory_of_parameter(seen))
+            self.inputs.setdefault(name, []).append(seen.detach() if is_kept else seen.detach().clone())
             calls = self.outputs.setdefault(name, [])
             calls.append(output.requires_grad_())
             # The model goes on with a tensor that is never a leaf of the graph.
@@ -228,6 +230,7 @@ class GradientPass:
         except RuntimeError as error:
             if "in-place" not in str(error) or self.copied.issuperset(self.sites):
                 raise
+            come_to_rest(self.model)
             known = set(self.copied)
             self.copied.update(self.sites)  # what is changed is not known before the pass ends
             loss = self._forward_once(batch)
@@ -239,8 +242,11 @@ class GradientPass:
         return loss
 
     def _changed_in_place(self) -> set[str]:
-        """Sites whose input or output is no more what it was when the module was called."""
-        return {name for name, tensor, version in self.versions if tensor._version != version}
+        """Sites whose input or output is no more what it was when the module was called; also where it was freed."""
+        return {
+            name for name, tensor, version in self.versions
+            if tensor._version != version or (self.frees and tensor.numel() and not tensor.untyped_storage().nbytes())
+        }  # fmt: skip
 
     def _forward_once(self, batch: Batch) -> Tensor:
         self.forget()

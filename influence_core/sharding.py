@@ -1,24 +1,32 @@
 """Parameters sharded over processes, by torch's `fully_shard`: no process holds a whole model.
 
-Each repeated block is a unit, whose parameters are gathered for its forward pass and again for its backward pass, and
-freed after. So is every module outside the blocks that has parameters of its own: embeddings, head, the last norm;
-those that share a parameter (a tied table) are one unit. All lies sharded whenever no unit is at work.
+The parameters of a unit (sharded_units.py: a block, an embedding, the head) are gathered for its forward pass and again
+for its backward pass, and freed after. All lies sharded whenever no unit is at work.
 
-Outside of its unit's passes a parameter is a DTensor of the model's full shape; `whole` gathers it.
+Outside of its unit's passes a parameter is a DTensor of the model's full shape; `whole` gathers it. That is done too
+for a module that reads a unit's parameter without calling it (DeBERTa's table of relative positions), and a unit whose
+`forward` is called in place of itself (SqueezeBERT's) is called. What a unit hands on is never its parameters' own
+memory, which is freed.
 """
 
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import wraps
+from itertools import islice
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Partial
+from torch.utils._pytree import tree_map
 
-from influence_core.errors import UserError
+from influence_core.errors import UserError, first_line
+from influence_core.sharded_units import own_class, sharded_units
 
 _HELD: ContextVar[dict[int, Tensor] | None] = ContextVar("held_whole", default=None)
 
@@ -46,62 +54,65 @@ def shard_model(model: nn.Module, mesh: DeviceMesh) -> None:
     """Leave each process of the mesh its part of every parameter; parameters on the meta device stay there.
 
     Raises:
-        UserError: the model has no repeated blocks.
+        UserError: the model has no repeated blocks, or can't be taken apart into units.
     """
     has_own = any(True for _ in model.parameters(recurse=False))
+    runs = SimpleNamespace(now=False)
     for unit in sharded_units(model):
         if model not in unit:
+            for module in unit:
+                module.register_forward_hook(_hand_on_own_memory)  # before the hook that frees
             fully_shard(unit if len(unit) > 1 else unit[0], mesh=mesh, reshard_after_forward=True)
+            for module in unit:
+                if isinstance(module, FSDPModule):  # but where it lies inside another of the unit
+                    _serve_all(module, runs)
     # What is left: mostly nothing, it is from where the passes begin. Else it is gathered until all is at rest again.
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     if not has_own:
         model.__class__ = own_class(model)  # it is shown by that name
-    model._is_fsdp_managed_module = True  # to transformers: texts that processes generate end together
+    model.register_forward_pre_hook(lambda *_: setattr(runs, "now", True))
+    model.register_forward_hook(lambda *_: setattr(runs, "now", False), always_call=True)
+    for module in model.modules():  # to transformers: layers are not dropped, and texts end together
+        module._is_fsdp_managed_module = True
     # What a tracked layer hands on is one, and a model that changes it in place is given a copy (passes.py).
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
 
 
-def sharded_units(model: nn.Module) -> list[list[nn.Module]]:
-    """The modules of each unit: blocks, and what has parameters of its own outside of them."""
-    blocks = repeated_blocks(model)
-    within = {id(parameter) for block in blocks for parameter in block.parameters()}
-    others: dict[int, nn.Module] = {}
-    for module in model.modules():
-        if any(id(parameter) not in within for parameter in module.parameters(recurse=False)):
-            others[id(module)] = module
-    units: list[list[nn.Module]] = []
-    owners: dict[int, list[nn.Module]] = {}  # {id of a parameter: the unit that has it}
-    outside = [(module, False) for module in reversed(others.values())]  # what is inside another module comes first
-    for module, recurse in [(block, True) for block in blocks] + outside:
-        ids = [id(parameter) for parameter in module.parameters(recurse)]
-        known = next((owners[each] for each in ids if each in owners), None)
-        if known is None:
-            units.append(known := [])
-        known.append(module)
-        owners |= dict.fromkeys(ids, known)
-    return units
+def _hand_on_own_memory(module: nn.Module, arguments: tuple, output: Any) -> Any:
+    """A forward hook: the output, with a copy of what is a view of a parameter (latents, learned queries)."""
+    gathered = {x.untyped_storage().data_ptr() for x in module.parameters() if not isinstance(x, DTensor)}
+
+    def own(x: Any) -> Any:
+        return x.clone() if isinstance(x, Tensor) and x.untyped_storage().data_ptr() in gathered else x
+
+    return tree_map(own, output)
 
 
-def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The members of the outermost ModuleLists, in their order.
+def _serve_all(module: nn.Module, runs: SimpleNamespace) -> None:
+    """Let a unit's module be of use to those who go round its call; `runs.now`: whether the model does."""
+    compute = type(module).forward
 
-    Raises:
-        UserError: there are none.
-    """
-    blocks: list[nn.Module] = []
-    seen: set[int] = set()
-    for module in model.modules():
-        if id(module) in seen:
-            continue
-        if isinstance(module, nn.ModuleList):
-            seen |= {id(each) for each in module.modules()}
-            blocks += [member for member in module if any(True for _ in member.parameters())]
-    if not blocks:
-        raise UserError(
-            f"--use_fsdp: this {type(model).__name__} has no repeated blocks (an nn.ModuleList of them) to gather one "
-            "by one: leave --use_fsdp out"
-        )
-    return list(dict.fromkeys(blocks))  # one that is repeated itself is one
+    class Unit(type(module)):
+        def __getattr__(self, name):
+            """A parameter that another module reads is whole."""
+            value = super().__getattr__(name)
+            return whole(value) if runs.now and isinstance(value, DTensor) else value
+
+        @wraps(compute)
+        def forward(self, *arguments, **keywords):
+            """In a call parameters are whole; where `forward` itself is called, it is made a call."""
+            is_call = not is_sharded(islice(self.parameters(), 1))
+            return compute(self, *arguments, **keywords) if is_call else self(*arguments, **keywords)
+
+    Unit.__name__, Unit.__qualname__ = type(module).__name__, type(module).__qualname__
+    module.__class__ = Unit
+
+
+def what_failed(error: Exception) -> str:
+    """What an exception of a run of a model says, in one line; of operations that were given parts, the cause."""
+    if "DTensor" not in str(error):
+        return first_line(error)
+    return "it reads parameters of a block outside of that block's call, which --use_fsdp can't serve: leave that out"
 
 
 def come_to_rest(model: nn.Module) -> None:
@@ -109,11 +120,6 @@ def come_to_rest(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def own_class(module: nn.Module) -> type:
-    """The module's class, without what torch puts before that of a unit."""
-    return next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -182,24 +188,11 @@ def unsharded(model: nn.Module, here: bool) -> Iterator[None]:
             module._parameters[name] = parameter
 
 
+def is_memory_of_parameter(tensor: Tensor) -> bool:
+    """Whether it is a parameter or a view of one, whose memory is freed with it where that is sharded."""
+    return isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter)
+
+
 def is_sharded(tensors: Iterable[Tensor]) -> bool:
     """Whether this process has only a part of any of them."""
     return any(isinstance(tensor, DTensor) for tensor in tensors)
-
-
-def largest_unit_bytes(model: nn.Module) -> int:
-    """Of the unit with the most parameters, gathered."""
-    sizes = [sum({id(x): x.numel() * x.itemsize for m in unit for x in m.parameters()}.values())
-             for unit in sharded_units(model)]  # fmt: skip
-    return max(sizes)
-
-
-def describe_units(model: nn.Module) -> str:
-    """The blocks that are gathered one by one, as a person reads it."""
-    counts: dict[str, int] = {}
-    blocks = repeated_blocks(model)
-    for block in blocks:
-        name = own_class(block).__name__
-        counts[name] = counts.get(name, 0) + 1
-    others = sum(not set(unit) & set(blocks) for unit in sharded_units(model))
-    return ", ".join(f"{count} {name}" for name, count in counts.items()) + f" and {others} others"

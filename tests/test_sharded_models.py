@@ -14,7 +14,8 @@ from influence_core.analysis import analyze
 from influence_core.errors import UserError
 from influence_core.fingerprints import model_fingerprint
 from influence_core.runtime import Runtime
-from influence_core.sharding import come_to_rest, is_sharded, process_mesh, shard_model, sharded_units, whole
+from influence_core.sharded_units import sharded_units
+from influence_core.sharding import come_to_rest, is_sharded, process_mesh, shard_model, whole
 from influence_core.study import Study
 from influence_core.tasks.adapters import adapted_model
 from influence_core.tasks.models import checkpoint_model

@@ -5,12 +5,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
+from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from influence_core.batches import sizes_of_some
 from influence_core.errors import UserError
-from influence_core.experiments.resuming import TrainingState
+from influence_core.experiments.resuming import TrainingState, generator_states, restore_generators
+from influence_core.lockstep import of_many_sizes, refuse_uneven_calls
 from influence_core.progress import Progress, progress
+from influence_core.sharding import is_sharded
 from influence_core.tasks.example import ExampleTask
 
 
@@ -63,6 +67,8 @@ def fit(
     loader = DataLoader(dataset, recipe.train_batch_size, shuffle=True, generator=generator, collate_fn=task.collate)
     optimizer, loader = accelerator.prepare(optimizer, loader)
     model.train()
+    if is_sharded(model.parameters()):
+        _check_calls(task, model, dataset, accelerator)
     bar = bar or Progress()
     total = recipe.num_steps(len(dataset), accelerator.num_processes)
     first = 0 if state is None else state.load(accelerator.unwrap_model(model), optimizer, generator)
@@ -93,6 +99,21 @@ def fit(
             if accelerator.is_main_process:
                 state.forget(but_epoch=epoch + 1)
     return model
+
+
+@torch.no_grad()
+def _check_calls(task: ExampleTask, model: nn.Module, dataset, accelerator) -> None:
+    """Processes that train sharded parameters have to go in step, also where dropout draws otherwise."""
+
+    def run(index: int) -> Tensor:
+        batch = {key: value.to(accelerator.device) for key, value in task.collate([dataset[index]]).items()}
+        return task.training_loss(model, batch)
+
+    states = generator_states()
+    set_seed(0)  # of all processes
+    with accelerator.autocast():
+        refuse_uneven_calls(model, run, of_many_sizes(sizes_of_some(task, dataset)))
+    restore_generators(states)
 
 
 @torch.no_grad()

@@ -50,7 +50,7 @@ class TrainingState:
             return
         record = {"identity": self.identity, "epoch": epoch}
         try:
-            shared, own = {"order": order.get_state()}, _generators()
+            shared, own = {"order": order.get_state()}, generator_states()
             parts = own if is_sharded(model.parameters()) else shared  # of sharded parameters each process has its own
             if self.rank == 0 or parts is own:
                 weights = {name: local(tensor) for name, tensor in model.state_dict().items()}
@@ -98,7 +98,7 @@ class TrainingState:
                         local(value).copy_(stored)
             _restore_optimizer(optimizer, tensors)
             order.set_state(tensors["order"])
-            _restore_generators(tensors)
+            restore_generators(tensors)
             return epoch
         if others:
             self._say(f"Note: the training in {self.directory.parent} that did not end was another: {others}; this one "
@@ -156,7 +156,7 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> No
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
-def _generators() -> Tensors:
+def generator_states() -> Tensors:
     """The states of all generators that a model may draw from."""
     python = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state()
@@ -172,7 +172,7 @@ def _generators() -> Tensors:
     return states
 
 
-def _restore_generators(states: Tensors) -> None:
+def restore_generators(states: Tensors) -> None:
     torch.set_rng_state(states["torch"])
     gauss = states["python_gauss"].tolist()
     random.setstate((3, tuple(states["python"].tolist()), gauss[0] if gauss else None))

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from influence_core.captured import Positions, lay_out
 from influence_core.errors import UserError
 from influence_core.layers.kind import SiteProducts, TrackedLayer
-from influence_core.sharding import own_class
+from influence_core.sharded_units import own_class
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from influence_core.layers.kind import SiteProducts, TrackedLayer, forward_with
 from influence_core.layers.matrix import products_with_matrices
 from influence_core.losses import Head, HeadLoss, add_head_gradient, head_products
 from influence_core.precision import active_precision
-from influence_core.sharding import own_class, whole
+from influence_core.sharded_units import own_class
+from influence_core.sharding import whole
 
 
 @dataclass

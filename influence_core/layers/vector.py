@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from influence_core.captured import Calls, Positions, lay_out
 from influence_core.errors import UserError
 from influence_core.layers.kind import SiteProducts, TrackedLayer, forward_with
-from influence_core.sharding import own_class
+from influence_core.sharded_units import own_class
 
 
 @dataclass(frozen=True)

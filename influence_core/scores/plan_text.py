@@ -8,7 +8,8 @@ from influence_core.coverage import describe_coverage
 from influence_core.layers import TrackedLayer
 from influence_core.scores.cost import Work, factor_bytes, fit_peaks, pass_peaks
 from influence_core.scores.plan import Plan, plan_flops
-from influence_core.sharding import describe_units, local
+from influence_core.sharded_units import describe_units
+from influence_core.sharding import local
 from influence_core.units import gigabytes
 
 

@@ -16,7 +16,8 @@ from influence_core.compiled import uncompiled
 from influence_core.errors import UserError
 from influence_core.layers.finding import output_head
 from influence_core.losses import cross_entropy, linear_cross_entropies, linear_cross_entropy
-from influence_core.sharding import own_class, whole
+from influence_core.sharded_units import own_class
+from influence_core.sharding import whole
 
 AMPLIFIED = (1.0, 1e3)  # hidden states times these: a soft cap shows where logits are large
 PROVEN_ON = 16  # positions

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from influence_core.coverage import left_out
-from influence_core.errors import UserError, first_line
+from influence_core.errors import UserError
 from influence_core.precision import is_in_pass
+from influence_core.sharding import what_failed
 from influence_core.task import Batch
 from influence_core.tasks.example import is_main_process
 from influence_core.tasks.loading import pattern_of
@@ -137,7 +138,7 @@ class TransformerTask(PretrainedTask):
                 if isinstance(error, UserError):
                     raise
                 what = f"a {type(model).__name__} can't be run on the examples of {self.name}"
-                raise UserError(f"{what}: {first_line(error)}") from error
+                raise UserError(f"{what}: {what_failed(error)}") from error
             self._observed[model] = observed
         self._asked = (model, self._observed[model])
         return self._observed[model]

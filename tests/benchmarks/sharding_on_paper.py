@@ -13,7 +13,7 @@ from influence_core.layers import find_tracked_layers, trackable_layer_names
 from influence_core.probing import Probe
 from influence_core.scores.cost import Work
 from influence_core.scores.plan import make_plan, plan_flops
-from influence_core.sharding import largest_unit_bytes
+from influence_core.sharded_units import largest_unit_bytes
 from influence_core.units import gigabytes
 
 CARDS, CARD_BYTES = 8, 0.9 * 80e9  # H100, of which a tenth is left to the libraries
