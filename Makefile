@@ -1,6 +1,7 @@
 # make demo   train a small GPT-2 on a corpus that every Python has, and show which sequences made it say what it says
 # make test   all tests but the slow ones: under 10 minutes on 2 cores
 # make test-slow   those: torch.compile, torchrun, the README's own task, all scripts on other models, near relatives of models
+# make test-exhaustive   runs killed at every write, files damaged everywhere: where the storage of results was changed
 # make browser-test   the report page in a real browser: needs chromium and chromedriver, which it does not install
 # make lint   style and formatting
 # make benchmark   agreement and time beside kronfluence 1.0.1
@@ -10,17 +11,20 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow browser-test lint benchmark clean
+.PHONY: demo test test-slow test-exhaustive browser-test lint benchmark clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python wikitext_gpt2/train.py --preset demo
 	$(BIN)/python wikitext_gpt2/analyze.py --preset demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not browser"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not exhaustive and not browser"
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow and not browser"
+
+test-exhaustive: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -n 2 -m exhaustive
 
 browser-test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -rs -m browser

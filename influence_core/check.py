@@ -4,7 +4,8 @@ It is one sentence: everything that is summed is additive over examples, and an 
 shares its batch. So the shortest and the longest example are run, each alone and both together (comparison.py), for the
 training loss with the data's labels and with sampled ones, and for the measurement. What differs is refused.
 
-Cost: twelve forward and backward passes of an example, and the products of their gradients.
+Cost: twelve forward and backward passes of an example, and the products of their gradients; twenty passes more where
+parameters are sharded.
 """
 
 import time
@@ -92,7 +93,7 @@ def _check_calls(study: Study, dataset: Sequence[Any], loss: LossFunction) -> No
     with study.gradient_pass(loss) as run:
         refuse_uneven_calls(
             study.model,
-            lambda index: run(make_batch(study.task, dataset, [index], study.runtime)),
+            lambda batch: run(make_batch(study.task, dataset, batch, study.runtime)),
             of_many_sizes(_sizes(study, dataset)),
         )
 

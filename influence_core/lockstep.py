@@ -13,44 +13,55 @@ from torch.distributed.fsdp import FSDPModule
 
 from influence_core.errors import UserError
 from influence_core.sharded_units import own_class
+from influence_core.sharding import Reads, what_failed
 
-NUM_RUNS = 8  # of examples of as many lengths as there are
+NUM_SINGLE = 8  # examples that are run by themselves
 
 
-def refuse_uneven_calls(model: nn.Module, run: Callable[[int], object], indices: Sequence[int]) -> None:
-    """Raise UserError if a sharded model does not call the same units for each of these examples.
+def refuse_uneven_calls(
+    model: nn.Module, run: Callable[[Sequence[int]], object], batches: Sequence[Sequence[int]]
+) -> None:
+    """Raise UserError if a sharded model does not call the same units for each of these batches, or can't be run.
 
     Args:
-        run: runs the model on the example of that index, in every process.
+        run: runs the model on the examples of these indices, in every process.
     """
-    run(indices[0])  # a task may ask the model more where it sees it for the first time
-    first: list[str] = []
-    for index in indices:
-        with _unit_calls(model) as called:
-            run(index)
-        first = first or called
-        if called != first:
-            names = dict.fromkeys(first + called)
-            uneven = [name for name in names if first.count(name) != called.count(name)] or ["in another order"]
-            raise UserError(
-                f"--use_fsdp: which parts of this {own_class(model).__name__} are called ({uneven[0]}) depends on the "
-                "example or on chance, but sharded processes go in step: leave --use_fsdp out, or, where its config "
-                "drops layers at random, set that to 0 (--config_overrides)"
-            )
+    name, first = own_class(model).__name__, []
+    try:
+        run(batches[0])  # a task may ask the model more where it sees it for the first time
+        for batch in batches:
+            with _unit_calls(model) as called:
+                run(batch)
+            first = first or called
+            if called != first:
+                break
+    except RuntimeError as error:
+        if "DTensor" not in str(error):
+            raise
+        raise UserError(f"this {name} can't be run: {what_failed(error)}") from error
+    if called != first:
+        names = dict.fromkeys(first + called)
+        uneven = [each for each in names if first.count(each) != called.count(each)] or ["in another order"]
+        raise UserError(
+            f"--use_fsdp: which parts of this {name} are called ({uneven[0]}) depends on the example or on chance, but "
+            "sharded processes go in step: leave --use_fsdp out, or, where its config drops layers at random, set that "
+            "to 0 (--config_overrides)"
+        )
 
 
-def of_many_sizes(sizes: Mapping[int, int]) -> list[int]:
-    """`NUM_RUNS` of the examples whose sizes are given by index: of all sizes, or evenly chosen ones."""
+def of_many_sizes(sizes: Mapping[int, int]) -> list[list[int]]:
+    """Batches of the examples whose sizes are given by index: single ones, from the smallest to the largest, always as
+    many, for what depends on chance; and these two together, for what depends on padding."""
     by_size = {size: index for index, size in sizes.items()}
     indices = [by_size[size] for size in sorted(by_size)]
-    if len(indices) <= NUM_RUNS:
-        return [indices[number % len(indices)] for number in range(NUM_RUNS)]
-    return [indices[number * (len(indices) - 1) // (NUM_RUNS - 1)] for number in range(NUM_RUNS)]
+    last = len(indices) - 1
+    single = [indices[number * last // (NUM_SINGLE - 1)] for number in range(NUM_SINGLE)]
+    return [*([index] for index in single), list(dict.fromkeys((indices[0], indices[last])))]
 
 
 @contextmanager
 def _unit_calls(model: nn.Module) -> Iterator[list[str]]:
-    """The names of the units that are called inside, in their order."""
+    """What is called of units inside, and read of them from outside, in its order."""
     called: list[str] = []
 
     def note(name: str) -> Callable:
@@ -58,8 +69,10 @@ def _unit_calls(model: nn.Module) -> Iterator[list[str]]:
 
     units = [(name, module) for name, module in model.named_modules() if isinstance(module, FSDPModule)]
     handles = [module.register_forward_pre_hook(note(name or "the model")) for name, module in units]
+    Reads.of(model).calls = called
     try:
         yield called
     finally:
+        Reads.of(model).calls = None
         for handle in handles:
             handle.remove()

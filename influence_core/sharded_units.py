@@ -22,10 +22,10 @@ def sharded_units(model: nn.Module) -> list[Unit]:
         UserError: the model has no repeated blocks; or parameters are shared so that there is no such order.
     """
     blocks = repeated_blocks(model)
-    within = {id(parameter) for block in blocks for parameter in block.parameters()}
+    inside = {id(module) for block in blocks for module in block.modules()}
     others = [
         module for module in model.modules()
-        if any(id(parameter) not in within for parameter in module.parameters(recurse=False))
+        if id(module) not in inside and any(True for _ in module.parameters(recurse=False))
     ]  # fmt: skip
     units: list[Unit] = []
     owners: dict[int, Unit] = {}  # {id of a parameter: the unit that has it}
@@ -55,6 +55,15 @@ def _inner_first(model: nn.Module, units: list[Unit]) -> list[Unit]:
             f"--use_fsdp: blocks of this {type(model).__name__} share parameters with what lies inside of others, and "
             "can't be gathered one by one: leave --use_fsdp out"
         ) from None
+
+
+def around(model: nn.Module, units: list[Unit]) -> list[nn.Module]:
+    """The modules that have units inside them."""
+    ids = {id(module) for unit in units for module in unit}
+    return [
+        module for module in model.modules()
+        if module is model or any(id(inner) in ids for inner in module.modules() if inner is not module)
+    ]  # fmt: skip
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
@@ -93,9 +102,13 @@ def own_class(module: nn.Module) -> type:
 
 def largest_unit_bytes(model: nn.Module) -> int:
     """Of the unit with the most parameters, gathered."""
-    sizes = [sum({id(x): x.numel() * x.itemsize for m in unit for x in m.parameters()}.values())
-             for unit in sharded_units(model)]  # fmt: skip
-    return max(sizes)
+    blocks = {*repeated_blocks(model)}
+
+    def size(unit: Unit) -> int:
+        of_unit = {id(x): x for module in unit for x in module.parameters(recurse=module in blocks)}
+        return sum(x.numel() * x.itemsize for x in of_unit.values())
+
+    return max(map(size, sharded_units(model)))
 
 
 def describe_units(model: nn.Module) -> str:

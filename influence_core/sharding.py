@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
 from itertools import islice
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.utils._pytree import tree_map
 
 from influence_core.errors import UserError, first_line
-from influence_core.sharded_units import own_class, sharded_units
+from influence_core.sharded_units import around, own_class, sharded_units
 
 _HELD: ContextVar[dict[int, Tensor] | None] = ContextVar("held_whole", default=None)
 
@@ -57,25 +56,66 @@ def shard_model(model: nn.Module, mesh: DeviceMesh) -> None:
         UserError: the model has no repeated blocks, or can't be taken apart into units.
     """
     has_own = any(True for _ in model.parameters(recurse=False))
-    runs = SimpleNamespace(now=False)
-    for unit in sharded_units(model):
+    units, reads = sharded_units(model), Reads()
+    names = {module: name for name, module in model.named_modules()}
+    for unit in units:
         if model not in unit:
             for module in unit:
                 module.register_forward_hook(_hand_on_own_memory)  # before the hook that frees
             fully_shard(unit if len(unit) > 1 else unit[0], mesh=mesh, reshard_after_forward=True)
             for module in unit:
                 if isinstance(module, FSDPModule):  # but where it lies inside another of the unit
-                    _serve_all(module, runs)
+                    _serve_all(module, names[module], reads)
     # What is left: mostly nothing, it is from where the passes begin. Else it is gathered until all is at rest again.
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     if not has_own:
         model.__class__ = own_class(model)  # it is shown by that name
-    model.register_forward_pre_hook(lambda *_: setattr(runs, "now", True))
-    model.register_forward_hook(lambda *_: setattr(runs, "now", False), always_call=True)
+    object.__setattr__(model, "_reads", reads)
+    for module in around(model, units):
+        module.register_forward_pre_hook(reads.begin)
+        module.register_forward_hook(reads.end, always_call=True)
     for module in model.modules():  # to transformers: layers are not dropped, and texts end together
         module._is_fsdp_managed_module = True
     # What a tracked layer hands on is one, and a model that changes it in place is given a copy (passes.py).
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+
+
+class Reads:
+    """Of a model: while it runs, a parameter that is read outside of its unit's call is gathered, once until it ends.
+
+    So is one of which only the dtype is asked.
+    """
+
+    def __init__(self):
+        self.depth = 0  # calls that are under way, of modules in modules
+        self.gathered: dict[tuple[int, bool], Tensor] = {}
+        self.calls: list[str] | None = None  # what was called and gathered is noted here
+
+    @staticmethod
+    def of(model: nn.Module) -> "Reads":
+        """Those of a sharded model."""
+        return model.__dict__["_reads"]
+
+    def begin(self, *_) -> None:
+        """A call begins."""
+        self.depth += 1
+
+    def end(self, *_) -> None:
+        """A call has ended."""
+        self.depth -= 1
+        if not self.depth:
+            self.gathered.clear()
+
+    def read(self, name: str, tensor: Tensor) -> Tensor:
+        """What an attribute of a module is for those who ask for it by that name."""
+        if not self.depth or not isinstance(tensor, DTensor):
+            return tensor
+        key = id(tensor), torch.is_grad_enabled()
+        if key not in self.gathered:
+            self.gathered[key] = whole(tensor)
+            if self.calls is not None:
+                self.calls.append(name)
+        return self.gathered[key]
 
 
 def _hand_on_own_memory(module: nn.Module, arguments: tuple, output: Any) -> Any:
@@ -88,23 +128,29 @@ def _hand_on_own_memory(module: nn.Module, arguments: tuple, output: Any) -> Any
     return tree_map(own, output)
 
 
-def _serve_all(module: nn.Module, runs: SimpleNamespace) -> None:
-    """Let a unit's module be of use to those who go round its call; `runs.now`: whether the model does."""
-    compute = type(module).forward
+def _serve_all(module: nn.Module, module_name: str, reads: Reads) -> None:
+    """Let a unit's module be of use to those who go round its call."""
+    kind = type(module)
 
-    class Unit(type(module)):
+    class Unit(kind):
+        def __new__(cls, *arguments, **keywords):
+            return kind(*arguments, **keywords)  # by torch, one that is no unit: a part of an nn.Sequential
+
         def __getattr__(self, name):
-            """A parameter that another module reads is whole."""
-            value = super().__getattr__(name)
-            return whole(value) if runs.now and isinstance(value, DTensor) else value
+            return reads.read(f"{module_name}.{name}", super().__getattr__(name))
 
-        @wraps(compute)
+        @wraps(kind.forward)
         def forward(self, *arguments, **keywords):
             """In a call parameters are whole; where `forward` itself is called, it is made a call."""
-            is_call = not is_sharded(islice(self.parameters(), 1))
-            return compute(self, *arguments, **keywords) if is_call else self(*arguments, **keywords)
+            if is_sharded(islice(self.parameters(), 1)):
+                return self(*arguments, **keywords)
+            reads.begin()
+            try:
+                return super().forward(*arguments, **keywords)
+            finally:
+                reads.end()
 
-    Unit.__name__, Unit.__qualname__ = type(module).__name__, type(module).__qualname__
+    Unit.__name__, Unit.__qualname__ = kind.__name__, kind.__qualname__
     module.__class__ = Unit
 
 

@@ -61,7 +61,7 @@ def train(bases, task_class, directory, *flags, epochs=2):
 @pytest.mark.parametrize("task_class, flags, num_layers", [
     (WikiTextTask, ["--lora_rank", "2"], 4),
     pytest.param(DailyMailTask, ["--lora_rank", "2", "--lora_alpha", "3"], 12, marks=pytest.mark.slow),
-    (SwagTask, ["--lora_rank", "1", "--lora_target_modules", "query", "dense"], 19),
+    pytest.param(SwagTask, ["--lora_rank", "1", "--lora_target_modules", "query", "dense"], 19, marks=pytest.mark.slow),
 ], ids=["gpt2", "t5", "bert"])  # fmt: skip
 def test_adapters_are_trained_and_analyzed(task_class, flags, num_layers, bases, tmp_path):
     """The checkpoint is peft's own directory; retraining moves adapters, and a new head, only."""
@@ -88,7 +88,7 @@ def test_counterfactual_of_adapters(bases, tmp_path):
     assert "after removing" in run("run_counterfactual", *common, *sizes, "--figure_dir", tmp_path).ok()
 
 
-@pytest.mark.parametrize("task_class", [WikiTextTask, SwagTask])
+@pytest.mark.parametrize("task_class", [WikiTextTask, pytest.param(SwagTask, marks=pytest.mark.slow)])
 def test_a_retraining_begins_where_training_did(task_class, bases, tmp_path):
     """The same new adapter and head; the base model as it was. With no step, the checkpoint is that beginning."""
     _, common = train(bases, task_class, tmp_path, "--lora_rank", "2", epochs=0)

@@ -254,7 +254,7 @@ def test_an_ascii_terminal_gets_replacements(reading):
     assert "Scores (ekfac)" in outcome.ok() and outcome.out.isascii()
 
 
-@pytest.mark.parametrize("where", ["> /dev/full", "| true"])
+@pytest.mark.parametrize("where", ["> /dev/full", pytest.param("| true", marks=pytest.mark.slow)])
 def test_an_output_that_nobody_takes(where, reading):
     command = " ".join(map(str, [sys.executable, *reading]))
     line = f"set -o pipefail; {command} {where}"

@@ -13,6 +13,8 @@ from tests.injuries import DAMAGES, events
 from tests.scripts import ANALYZE, NUMBERS, TRAIN, contents, run
 
 TRAIN_TWO = [*TRAIN, "--num_train_epochs", "2", "--save_at", "1"]
+# Of the writes at which a run is killed.
+THIRDS = [pytest.param(0, marks=pytest.mark.slow), *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (1, 2))]
 NOT_COMPARED = ("command", "made_by", "digest")  # of a manifest
 
 
@@ -84,10 +86,10 @@ def test_an_analysis_killed_at_some_writes(analysis, tenth):
     killed_and_run_again(directory, expected, "analyze", flags, count * tenth // 10)
 
 
-@pytest.mark.slow
-def test_an_analysis_killed_at_every_write(analysis):
+@pytest.mark.parametrize("third", THIRDS)
+def test_an_analysis_killed_at_every_write(analysis, third):
     directory, flags, expected, count = analysis
-    for at in range(count):
+    for at in range(third, count, 3):
         killed_and_run_again(directory, expected, "analyze", flags, at)
 
 
@@ -126,10 +128,10 @@ def test_a_requeued_overwrite_trusts_no_checkpoint_that_changed(training, monkey
     shutil.rmtree(left)
 
 
-@pytest.mark.slow
-def test_a_training_killed_at_every_write(training):
+@pytest.mark.parametrize("third", THIRDS)
+def test_a_training_killed_at_every_write(training, third):
     directory, flags, expected, count = training
-    for at in range(count):
+    for at in range(third, count, 3):
         killed_and_run_again(directory, expected, "train", flags, at)
 
 
@@ -186,7 +188,7 @@ RESULTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("keep", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("keep", [1, pytest.param(4, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("path", RESULTS)
 def test_damaged_results_are_refused(path, keep, analysis):
     directory, flags, _, _ = analysis
@@ -197,7 +199,7 @@ def test_damaged_results_are_refused(path, keep, analysis):
         assert stored.equal(scores), what
 
 
-@pytest.mark.parametrize("keep", [1, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("keep", [1, pytest.param(8, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("stage", ["covariance", "eigendecomposition", "lambda", "pairwise_scores"])
 def test_damaged_progress_starts_its_stage_again(stage, keep, analysis):
     """A flipped bit anywhere, the number of steps, or a cut tail: a note, and the results of an uninjured run."""
@@ -220,7 +222,7 @@ def test_damaged_progress_starts_its_stage_again(stage, keep, analysis):
 CHECKPOINT = ["training.json", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 
 
-@pytest.mark.parametrize("keep", [1, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("keep", [1, pytest.param(8, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("path", CHECKPOINT)
 def test_a_damaged_checkpoint_is_refused(path, keep, training, tmp_path):
     """Under a fresh output directory too: no preset's data, no other weights."""
@@ -232,7 +234,9 @@ def test_a_damaged_checkpoint_is_refused(path, keep, training, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("keep", [1, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("keep", [
+    pytest.param(1, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.exhaustive)
+])  # fmt: skip
 def test_damaged_retrainings_and_banks(keep, checkpoint, tmp_path):
     common = [*NUMBERS, "--checkpoint_dir", checkpoint, "--output_dir", tmp_path / "results"]
     flags = [*common, "--num_masks", "2", "--num_repeats", "1", "--figure_dir", tmp_path, "--scores", "tfidf"]

@@ -75,7 +75,7 @@ def single(tmp_path_factory):
     return directory, all_cases(directory, Runtime(precision=FLOAT64, seed=SEED))
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_several_processes_give_what_one_gives(tmp_path, single, world_size):
     """Recomposed factors as rank 0 stored them, and the scores that every rank returned."""
     returned = run_processes(all_cases, world_size, tmp_path)

@@ -13,7 +13,7 @@ from influence_core.analysis import analyze
 from influence_core.errors import UserError
 from influence_core.experiments.accelerators import OneDevice
 from influence_core.experiments.fitting import Recipe, fit
-from influence_core.lockstep import NUM_RUNS, of_many_sizes
+from influence_core.lockstep import NUM_SINGLE, of_many_sizes
 from influence_core.losses import cross_entropy
 from influence_core.runtime import Runtime
 from influence_core.sharded_units import repeated_blocks, sharded_units
@@ -56,6 +56,15 @@ class Block(nn.Module):
         return x + torch.tanh(self.mix(x)) * read.mean(1, keepdim=True)
 
 
+class Steps(nn.Sequential):
+    """Takes itself apart."""
+
+    def forward(self, x):
+        for layer in (*self[:1], *self[1:]):
+            x = layer(x)
+        return x
+
+
 class Predictions(nn.Module):
     """Has a bias together with a module inside it, which has its weight together with one outside."""
 
@@ -73,9 +82,12 @@ class RoundAbout(nn.Module):
     def __init__(self):
         super().__init__()
         self.embedding, self.positions = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(LONGEST, WIDTH)
-        self.latents, self.look = Latents(), nn.Linear(WIDTH, WIDTH)
+        self.spare, self.latents, self.look = nn.Embedding(2, WIDTH), Latents(), nn.Linear(WIDTH, WIDTH)
         self.blocks = nn.ModuleList([nn.ModuleList([Block(), Block()]), nn.ModuleDict({"last": Block()})])
         self.norm, self.predictions = nn.LayerNorm(WIDTH), Predictions(self.embedding.weight)
+        self.steps = nn.ModuleList([Steps(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH))])
+        self.again = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.again.weight = self.steps[0][0].weight  # of a block, and of a module outside
 
     def get_output_embeddings(self):
         return self.predictions.decoder
@@ -87,6 +99,8 @@ class RoundAbout(nn.Module):
         x = x + self.look(self.latents(x)).mean(1, keepdim=True)
         for block in [*self.blocks[0], self.blocks[1]["last"]]:
             x = block.forward(x)  # which no hook sees
+        x = x + self.again(x.to(self.positions.weight.dtype))
+        x = x + self.steps[0](x)
         return self.predictions(self.norm(x))
 
 
@@ -98,7 +112,10 @@ class RoundAboutTask(TinyTask):
     def tracked_layer_names(self, model):
         kinds = (nn.Linear, nn.LayerNorm)
         names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
-        return ["embedding", *(name for name in names if "decoder" not in name)]
+        return [
+            "embedding",
+            *(name for name in names if not any(part in name for part in ("decoder", "again", "steps.0.0"))),
+        ]
 
     def position_mask(self, batch, layer_name):
         is_of_tokens = not any(part in layer_name for part in ("read", "look"))
@@ -171,6 +188,12 @@ class Sharding(OneDevice):
         return model
 
 
+def reads_for_padding(model, tokens, mask):
+    if not mask.all():  # none of a single example
+        model.spare.weight.sum()
+    return RoundAbout.forward(model, tokens, mask)
+
+
 def reads_a_block(model, tokens, mask):
     return RoundAbout.forward(model, tokens, mask) * model.blocks[0][0].mix.weight[0, 0]
 
@@ -183,11 +206,15 @@ def refusals(directory, runtime):
     runtime = Runtime(seed=SEED, rank=runtime.rank, world_size=runtime.world_size, sharded=True)
     with pytest.raises(UserError, match=r"--use_fsdp: which parts of this LED.*\(led.encoder.embed_tokens\)"):
         scores_of(task, model, directory, runtime)
-    own = RoundAboutTask()
+    own, runtime = RoundAboutTask(), replace(runtime, precision=FLOAT64)
     model = own.load_model().double()
     model.forward = partial(reads_a_block, model)
     with pytest.raises(UserError, match="the training loss of .* it reads parameters of a block outside"):
-        scores_of(own, model, directory, replace(runtime, precision=FLOAT64))
+        scores_of(own, model, directory, runtime)
+    model = own.load_model().double()
+    model.forward = partial(reads_for_padding, model)
+    with pytest.raises(UserError, match=r"--use_fsdp: which parts of this RoundAbout .*\(spare.weight\)"):
+        scores_of(own, model, directory, runtime)
     model = make_model(hf.AutoModelForSeq2SeqLM, hf.BartConfig(**BART), encoder_layerdrop=0.5).float()
     arguments = task.load_dataset("train"), Recipe(1e-3, 0.0, 1, 4, False), 0, Sharding(torch.device("cpu"), False)
     with pytest.raises(UserError, match=r"--use_fsdp: which parts of this Bart.*\(model.encoder.layers.0\)"):
@@ -208,21 +235,22 @@ def test_what_can_t_go_in_step_is_refused(tmp_path):
 
 
 def test_a_few_examples_of_many_sizes():
-    """All sizes there are, or from the smallest to the largest; always as many, for what depends on chance."""
-    assert of_many_sizes({4: 7}) == [4] * NUM_RUNS
-    assert sorted(set(of_many_sizes({0: 5, 1: 5, 2: 9, 3: 1}))) in ([0, 2, 3], [1, 2, 3])
-    chosen = of_many_sizes({index: 1000 - index for index in range(100)})
-    assert len(set(chosen)) == NUM_RUNS and chosen[0] == 99 and chosen[-1] == 0
+    """From the smallest to the largest, always as many, for what depends on chance; then these two together."""
+    assert of_many_sizes({4: 7}) == [[4]] * (NUM_SINGLE + 1)
+    *single, together = of_many_sizes({0: 5, 1: 6, 2: 9, 3: 1})
+    assert {index for (index,) in single} == {0, 1, 2, 3} and together == [3, 2] and len(single) == NUM_SINGLE
+    *single, together = of_many_sizes({index: 1000 - index for index in range(100)})
+    assert len({index for (index,) in single}) == NUM_SINGLE and together == [99, 0] == [single[0][0], single[-1][0]]
 
 
 def test_what_lies_inside_comes_first():
     """Whatever the order: else it would be a part of the unit around it."""
     model = RoundAbout()
-    assert len(repeated_blocks(model)) == 3
+    assert len(repeated_blocks(model)) == 4
     units = sharded_units(model)
-    assert [model.embedding, model.predictions, model.predictions.decoder] in [
-        sorted(unit, key=[*model.modules()].index) for unit in units
-    ]
+    together = [sorted(unit, key=[*model.modules()].index) for unit in units]
+    assert [model.embedding, model.predictions, model.predictions.decoder] in together
+    assert [model.steps[0], model.again] in together
     seen = set()
     for unit in units:
         of_unit = {id(x) for module in unit for x in module.parameters()} - seen

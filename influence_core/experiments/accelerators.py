@@ -62,11 +62,13 @@ class _Sharding(Accelerator):
         super().backward(loss, **kwargs)
         if not self._whole:
             return
+        has_any = torch.tensor([each.grad is not None for each in self._whole], device=self.device)
         gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in self._whole]
-        mean = torch.cat([gradient.flatten() for gradient in gradients]) / self.num_processes
+        mean = torch.cat([*(gradient.flatten() for gradient in gradients), has_any.float()]) / self.num_processes
         dist.all_reduce(mean)
-        for parameter, of_all in zip(self._whole, mean.split([each.numel() for each in self._whole])):
-            parameter.grad = of_all.view_as(parameter)
+        *means, has_any = mean.split([*(each.numel() for each in self._whole), len(self._whole)])
+        for parameter, of_all, any_has in zip(self._whole, means, has_any.tolist()):
+            parameter.grad = of_all.view_as(parameter) if any_has else None
 
 
 class OneDevice:

@@ -1,8 +1,9 @@
 """The one training loop, for train.py and for every retraining: AdamW at a fixed rate, in a seeded order."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from weakref import WeakSet
 
 import torch
 from accelerate.utils import set_seed
@@ -16,6 +17,8 @@ from influence_core.lockstep import of_many_sizes, refuse_uneven_calls
 from influence_core.progress import Progress, progress
 from influence_core.sharding import is_sharded
 from influence_core.tasks.example import ExampleTask
+
+_CHECKED: WeakSet[nn.Module] = WeakSet()  # sharded models whose calls were looked at
 
 
 @dataclass(frozen=True)
@@ -105,15 +108,19 @@ def fit(
 def _check_calls(task: ExampleTask, model: nn.Module, dataset, accelerator) -> None:
     """Processes that train sharded parameters have to go in step, also where dropout draws otherwise."""
 
-    def run(index: int) -> Tensor:
-        batch = {key: value.to(accelerator.device) for key, value in task.collate([dataset[index]]).items()}
+    def run(indices: Sequence[int]) -> Tensor:
+        examples = [dataset[index] for index in indices]
+        batch = {key: value.to(accelerator.device) for key, value in task.collate(examples).items()}
         return task.training_loss(model, batch)
 
+    if model in _CHECKED:  # before, by another retraining
+        return
     states = generator_states()
     set_seed(0)  # of all processes
     with accelerator.autocast():
         refuse_uneven_calls(model, run, of_many_sizes(sizes_of_some(task, dataset)))
     restore_generators(states)
+    _CHECKED.add(model)
 
 
 @torch.no_grad()

@@ -44,7 +44,7 @@ from influence_core.fingerprints import dataset_fingerprint, model_fingerprint
 from influence_core.launch import Launch
 from influence_core.locks import only_writer
 from influence_core.progress import progress
-from influence_core.sharding import local, unsharded
+from influence_core.sharding import is_sharded, local, unsharded
 from influence_core.tasks.example import ExampleTask, is_main_process
 
 
@@ -125,8 +125,9 @@ def _train(task: ExampleTask, arguments, record: dict[str, Any], accelerator: Ac
     state = None
     if arguments.resume is not False:
         identity = json.loads(json.dumps(record | {"initial_model": model_fingerprint(model)}))
-        # Each process then keeps a part of it all.
-        identity["sharded"] = (arguments.fsdp_shards or accelerator.num_processes) if arguments.use_fsdp else None
+        # Each process then keeps a part of it all, but of an adapter beside weights that were read in parts.
+        num_shards = (arguments.fsdp_shards or accelerator.num_processes) if arguments.use_fsdp else None
+        identity |= {"sharded": num_shards, "read_in_parts": is_sharded(model.parameters())}
         state = TrainingState(checkpoint_dir / STATE, identity, accelerator.process_index, accelerator.num_processes)
     with progress(num_steps, "Train", unit="step", is_shown=accelerator.is_main_process) as bar:
         model = fit(task, model, splits["train"], recipe, arguments.seed, accelerator, bar, after_step, state)

@@ -39,9 +39,9 @@ def load_sharded_weights(
     if not Path(source).is_dir():
         directory = snapshot_download(source, revision=revision, allow_patterns=["model*.safetensors", INDEX])
     if files := _files(Path(directory)):
-        model, differences = _read_parts(auto_model, files, config, mesh)
-        if differences == Differences([], [], {}):
-            return model, differences
+        model = _read_parts(auto_model, files, config, mesh)
+        if model is not None:
+            return model, Differences([], [], {})
     if is_main_process():
         print(f"Note: the weights in {source} can't be read in parts: each process holds all of them while it loads")
     return load_weights(auto_model, source, config, revision)
@@ -60,30 +60,27 @@ def _files(directory: Path) -> list[Path]:
     return [directory / name for name in sorted(names)]
 
 
-def _read_parts(
-    auto_model: type, files: list[Path], config: PretrainedConfig, mesh: DeviceMesh
-) -> tuple[nn.Module, Differences]:
-    """(the model, zero where nothing is stored under its own names; what is not)"""
+def _read_parts(auto_model: type, files: list[Path], config: PretrainedConfig, mesh: DeviceMesh) -> nn.Module | None:
+    """The model, if just what it has is stored."""
     with init_empty_weights(include_buffers=False):
         model = auto_model.from_config(config, dtype=torch.float32)
     model.tie_weights()
-    shard_model(model.eval(), mesh)
-    device = torch.device(mesh.device_type)  # this process's
-    buffers = {name: buffer.to(device) for name, buffer in model.named_buffers()}
-    model.to_empty(device=device)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-        for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[name])
     with tempfile.TemporaryDirectory() as links:  # the reader takes all that it finds
         for path in files:
             Path(links, path.name).symlink_to(path.resolve(strict=True))
         reader = checkpoint.HuggingFaceStorageReader(links)
         stored = {key: list(each.size) for key, each in reader.read_metadata().state_dict_metadata.items()}
-        wanted, differences = _matched(model, stored)
-        checkpoint.load(wanted, storage_reader=reader)
-    return model, differences
+        if _matched(model, stored)[1]:
+            return None
+        shard_model(model.eval(), mesh)
+        device = torch.device(mesh.device_type)  # this process's
+        buffers = {name: buffer.to(device) for name, buffer in model.named_buffers()}
+        model.to_empty(device=device)
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+        checkpoint.load(_matched(model, stored)[0], storage_reader=reader)
+    return model
 
 
 def _matched(model: nn.Module, stored: dict[str, list[int]]) -> tuple[dict[str, Tensor], Differences]:
