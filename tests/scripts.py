@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from influence_core import progress
 from influence_core.experiments import analysis, counterfactual, half_precision, lds_evaluation, reporting, training
 from influence_core.files import read_sealed_json, write_sealed_json
 from wikitext_gpt2.task import WikiTextTask
@@ -76,6 +77,7 @@ def run(script: str, *flags, task_class=WikiTextTask) -> Outcome:
     main = SCRIPTS[script].main
     out, err, code, threads = io.StringIO(), io.StringIO(), 0, torch.get_num_threads()
     torch.set_num_threads(1)  # tiny products: more threads would only wait for each other
+    progress._Lines._last = None  # as in a process of its own: lines are half a minute apart from its beginning
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             main(task_class, "a description", list(map(str, flags)))
