@@ -54,8 +54,8 @@ def check_contract(study: Study, query_dataset: Sequence[Any], fits_factors: boo
         _check_sampled_labels(study, on_train, with_data_labels)
     on_queries.prove(study.task.measurement)
     if study.runtime.sharded:
-        _check_calls(study, study.train_dataset, study.task.train_loss)
-        _check_calls(study, query_dataset, study.task.measurement)
+        _check_calls(study, on_train, study.task.train_loss)
+        _check_calls(study, on_queries, study.task.measurement)
     study.live = on_train.live
     dead = [layer.name for layer in study.layers if layer.name not in on_train.live | on_queries.live]
     if dead:
@@ -87,14 +87,13 @@ def _refuse_unfit_weights(model: nn.Module, precision: Precision) -> None:
             )
 
 
-def _check_calls(study: Study, dataset: Sequence[Any], loss: LossFunction) -> None:
-    """Processes that go in step have to."""
-
+def _check_calls(study: Study, comparison: Comparison, loss: LossFunction) -> None:
+    """Processes with a part of each parameter can go in step: examples of all sizes make the same calls."""
+    dataset = comparison.dataset
+    batches = of_many_sizes(_sizes(study, dataset), largest=2 if comparison.fits else 1)
     with study.gradient_pass(loss) as run:
         refuse_uneven_calls(
-            study.model,
-            lambda batch: run(make_batch(study.task, dataset, batch, study.runtime)),
-            of_many_sizes(_sizes(study, dataset)),
+            study.model, lambda batch: run(make_batch(study.task, dataset, batch, study.runtime)), batches
         )
 
 

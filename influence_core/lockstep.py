@@ -49,14 +49,19 @@ def refuse_uneven_calls(
         )
 
 
-def of_many_sizes(sizes: Mapping[int, int]) -> list[list[int]]:
+def of_many_sizes(sizes: Mapping[int, int], largest: int = 2) -> list[list[int]]:
     """Batches of the examples whose sizes are given by index: single ones, from the smallest to the largest, always as
-    many, for what depends on chance; and these two together, for what depends on padding."""
+    many, for what depends on chance; and these two together, for what depends on padding.
+
+    Args:
+        largest: examples in a batch, at most.
+    """
     by_size = {size: index for index, size in sizes.items()}
     indices = [by_size[size] for size in sorted(by_size)]
     last = len(indices) - 1
     single = [indices[number * last // (NUM_SINGLE - 1)] for number in range(NUM_SINGLE)]
-    return [*([index] for index in single), list(dict.fromkeys((indices[0], indices[last])))]
+    together = [indices[0], indices[last]][: largest if last else 1]
+    return [*([index] for index in single), together]
 
 
 @contextmanager

@@ -237,6 +237,7 @@ def test_what_can_t_go_in_step_is_refused(tmp_path):
 def test_a_few_examples_of_many_sizes():
     """From the smallest to the largest, always as many, for what depends on chance; then these two together."""
     assert of_many_sizes({4: 7}) == [[4]] * (NUM_SINGLE + 1)
+    assert of_many_sizes({4: 7, 5: 8}, largest=1)[-1] == [4]
     *single, together = of_many_sizes({0: 5, 1: 6, 2: 9, 3: 1})
     assert {index for (index,) in single} == {0, 1, 2, 3} and together == [3, 2] and len(single) == NUM_SINGLE
     *single, together = of_many_sizes({index: 1000 - index for index in range(100)})

@@ -71,7 +71,7 @@ def fit(
     optimizer, loader = accelerator.prepare(optimizer, loader)
     model.train()
     if is_sharded(model.parameters()):
-        _check_calls(task, model, dataset, accelerator)
+        _check_calls(task, model, dataset, recipe, accelerator)
     bar = bar or Progress()
     total = recipe.num_steps(len(dataset), accelerator.num_processes)
     first = 0 if state is None else state.load(accelerator.unwrap_model(model), optimizer, generator)
@@ -105,7 +105,7 @@ def fit(
 
 
 @torch.no_grad()
-def _check_calls(task: ExampleTask, model: nn.Module, dataset, accelerator) -> None:
+def _check_calls(task: ExampleTask, model: nn.Module, dataset, recipe: Recipe, accelerator) -> None:
     """Processes that train sharded parameters have to go in step, also where dropout draws otherwise."""
 
     def run(indices: Sequence[int]) -> Tensor:
@@ -118,7 +118,7 @@ def _check_calls(task: ExampleTask, model: nn.Module, dataset, accelerator) -> N
     states = generator_states()
     set_seed(0)  # of all processes
     with accelerator.autocast():
-        refuse_uneven_calls(model, run, of_many_sizes(sizes_of_some(task, dataset)))
+        refuse_uneven_calls(model, run, of_many_sizes(sizes_of_some(task, dataset), recipe.train_batch_size))
     restore_generators(states)
     _CHECKED.add(model)
 
